@@ -1,0 +1,111 @@
+"""KV blocks: who holds them, which can be found again by their content, and which to evict."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+
+def root_hash(scope: str, adapter: str = "") -> bytes:
+    """The parent of a scope's first blocks. Blocks of different scopes or adapters never have equal hashes."""
+    return blake2b(scope.encode(), digest_size=16, key=blake2b(adapter.encode(), digest_size=32).digest()).digest()
+
+
+def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of a full block: of everything before it (`parent`) and its tokens."""
+    return blake2b(array("I", token_ids).tobytes(), digest_size=16, key=parent).digest()
+
+
+class BlockPool:
+    """Reference counts and contents of `num_blocks` KV blocks. It knows numbers only; the tensors are the verifier's.
+
+    A block is *held* (its count is positive), or *free*. A free block with a hash is *cached*: it can be found again until
+    it is needed for something else. Free blocks are taken least recently used first, those without a hash before all.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._caching = enable_prefix_caching
+        self._refs = [0] * num_blocks
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._by_hash: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken now, cached ones included."""
+        return len(self._free)
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that sequences hold, 0 to 1."""
+        return 1.0 - len(self._free) / self.num_blocks
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` blocks with undefined content. The caller has checked `num_free`; IndexError otherwise."""
+        if count > len(self._free):
+            raise IndexError(f"{count} blocks asked, {len(self._free)} free")
+        taken = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            content = self._hashes[block]
+            if content is not None:
+                del self._by_hash[content]
+                self._hashes[block] = None
+            self._refs[block] = 1
+            taken.append(block)
+        return taken
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks that hold the longest known prefix of a chain of hashes. Does not take them: see `acquire`."""
+        found = []
+        for content in hashes:
+            block = self._by_hash.get(content)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Adds one holder to each block."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._free[block]
+            self._refs[block] += 1
+
+    def count_free(self, blocks: Iterable[int]) -> int:
+        """How many of these blocks are free, that is: what `acquire` would take out of `num_free`."""
+        return sum(self._refs[block] == 0 for block in blocks)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Removes one holder from each block. The last of a prefix becomes the first to be evicted."""
+        for block in reversed(blocks):
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._free[block] = None
+                if self._hashes[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def register(self, block: int, content: bytes) -> None:
+        """Makes a full block of verified tokens findable. A second block of the same content stays anonymous."""
+        if self._caching and self._hashes[block] is None and content not in self._by_hash:
+            self._hashes[block] = content
+            self._by_hash[content] = block
+
+    def forget(self) -> None:
+        """The KV tensors are gone: no content can be found any more. Holders stay; release them first."""
+        self._by_hash.clear()
+        self._hashes = [None] * self.num_blocks
+
+    def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
+        """Every block is free or held, exactly as often as the holders' tables say. AssertionError names what is not."""
+        expected = Counter(block for table in holders for block in table)
+        for block, refs in enumerate(self._refs):
+            assert refs == expected[block], f"block {block}: {refs} references counted, {expected[block]} held"
+            assert (refs == 0) == (block in self._free), f"block {block}: {refs} references, yet free={refs != 0}"
+        hashed = {block for block, content in enumerate(self._hashes) if content is not None}
+        assert hashed == set(self._by_hash.values()), "the hash index and the blocks disagree"
+        assert len(hashed) == len(self._by_hash), "two hashes name one block"

@@ -1,0 +1,46 @@
+"""The engine's configuration: resolved once, never changed."""
+
+from __future__ import annotations
+
+import msgspec
+
+from tailserve.engine.errors import ConfigError
+from tailserve.engine.types import SloClass
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler and the engine go by. Sizes are in tokens unless they say otherwise."""
+
+    classes: tuple[SloClass, ...]
+    max_num_seqs: int = 64
+    """Sequences that may run at once."""
+    max_num_batched_tokens: int = 512
+    """Tokens of one step: prompt chunks, single tokens and draft tokens together."""
+    max_model_len: int
+    """Prompt and answer together."""
+    num_blocks: int
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    num_speculative_tokens: int = 0
+    """Draft tokens per sequence and step; 0 turns speculation off."""
+    draft_timeout_s: float = 0.05
+    """How long a step may wait for the draft. Late drafts are dropped."""
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise ConfigError("slo_classes is empty: configure at least one class", param="slo_classes")
+        if len({c.name for c in self.classes}) != len(self.classes):
+            raise ConfigError("slo_classes names a class twice: give each its own name", param="slo_classes")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: every "
+                "running sequence needs a token per step; raise the former or lower the latter",
+                param="max_num_batched_tokens",
+            )
+        capacity = self.num_blocks * self.block_size
+        if capacity < self.max_model_len:
+            raise ConfigError(
+                f"the KV cache holds {capacity} tokens, fewer than max_model_len={self.max_model_len}: one request could "
+                "never finish; give the cache more memory or lower max_model_len",
+                param="max_model_len",
+            )

@@ -1,0 +1,1 @@
+"""The torch side: loading a transformers model, its paged KV cache, attention backends, and running a batch."""

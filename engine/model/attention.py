@@ -1,0 +1,123 @@
+"""Paged attention as transformers sees it: one registered function that hands each layer to a backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AttentionInterface
+
+NAME = "tailserve_paged"
+"""`attn_implementation` of models that run in packed batches. It has no mask function, so transformers makes no mask."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a layer asks of its attention beyond plain causal softmax. Backends honour all of it."""
+
+    scaling: float
+    sliding_window: int | None = None
+    """A query sees itself and the `sliding_window - 1` positions before it."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap)."""
+    sinks: torch.Tensor | None = None
+    """[heads]: a logit per head that takes part in the softmax and has no value."""
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """The geometry of one packed batch of S sequences and T tokens. Arrays live on the host."""
+
+    query_starts: npt.NDArray[np.int32]
+    """[S + 1]: sequence s has the tokens query_starts[s] : query_starts[s + 1] of the batch."""
+    context_lens: npt.NDArray[np.int32]
+    """[S]: tokens of each sequence up to and with its last in the batch."""
+    block_tables: npt.NDArray[np.int32]
+    """[S, M]: block ids in order, padded with 0."""
+    slots: torch.Tensor
+    """[T] int64, on the device: where each token's keys and values go, as block * block_size + offset."""
+
+
+class KVCache:
+    """Keys and values of every layer in blocks: two tensors [num_blocks, kv_heads, block_size, head_dim] a layer.
+
+    Blocks are heads-first so that a kernel that follows one head reads memory in a row.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_blocks, kv_heads, block_size, head_dim)
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores keys and values [T, kv_heads, head_dim] at `slots`."""
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        self.keys[layer].transpose(1, 2)[blocks, offsets] = keys
+        self.values[layer].transpose(1, 2)[blocks, offsets] = values
+
+
+class AttentionBackend(Protocol):
+    name: str
+
+    def attend(
+        self, query: torch.Tensor, cache: KVCache, layer: int, sequences: PackedSequences, options: Options
+    ) -> torch.Tensor:
+        """Causal attention of query [T, heads, head_dim] over each token's own sequence; same shape and type back.
+
+        Keys and values of the batch are in the cache already. Softmax is in float32.
+        """
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """Travels to every layer as the model's keyword argument `paged`."""
+
+    cache: KVCache
+    backend: AttentionBackend
+    sequences: PackedSequences
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    paged: PagedContext,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [1, heads, T, head_dim], key and value [1, kv_heads, T, head_dim].
+
+    Returns [1, T, heads, head_dim] and no weights.
+    """
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    paged.cache.write(layer, paged.sequences.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    options = Options(scaling, sliding_window, softcap, s_aux)
+    out = paged.backend.attend(query[0].transpose(0, 1), paged.cache, layer, paged.sequences, options)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, paged_attention)

@@ -1,0 +1,188 @@
+"""Loads a transformers causal language model, checks that it can run in packed batches, and makes it ready to."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tailserve.engine.errors import ConfigError, UnsupportedModelError
+from tailserve.engine.model import attention
+from tailserve.engine.model.attention import AttentionBackend, KVCache
+from tailserve.engine.model.cpu import CpuBackend
+from tailserve.engine.model.linear import prepack
+from tailserve.engine.model.paged import PagedModel
+from tailserve.engine.model.reference import ReferenceBackend
+from tailserve.engine.model.selfcheck import check_packed, eager_logits
+from tailserve.engine.types import ModelInfo
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CPU_KV_BYTES = 1 << 30
+_PAGED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How to load a model. Sizes in tokens unless they say otherwise."""
+
+    path: str
+    """A local directory with a config.json and safetensors."""
+    dtype: str = "auto"
+    """auto (the checkpoint's own), bfloat16, float16 or float32."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda."""
+    attention_backend: str = "auto"
+    """auto, cpu or reference."""
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    """None: from the memory that is free on a GPU, 1 GiB on a CPU."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights and KV may take together."""
+    max_num_seqs: int = 64
+    num_threads: int | None = None
+    """CPU threads; None: all cores."""
+    noise: float = 0.0
+    """Standard deviation, relative to each weight's own, of noise added to the weights: a stand-in for a draft that
+    agrees some of the time."""
+
+
+def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
+    """Loads, checks and prepares a model.
+
+    Raises ConfigError for options that cannot work and UnsupportedModelError for models that would be silently wrong in a
+    packed batch.
+    """
+    device = resolve_device(options.device)
+    if device.type == "cpu" and options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    config = AutoConfig.from_pretrained(options.path)
+    text = config.get_text_config(decoder=True)
+    max_model_len = _max_model_len(options, text)
+    refuse_unsupported(config, max_model_len)
+    dtype = _dtype(options, text)
+    model = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype, attn_implementation="eager").to(device).eval()
+    model.requires_grad_(False)
+    if options.noise:
+        _add_noise(model, options.noise)
+    expected = eager_logits(model)
+    model.set_attn_implementation(attention.NAME)
+    if device.type == "cpu":
+        prepack(model)
+    backend = _backend(options, device)
+    layers, kv_heads, head_dim = _kv_shape(text)
+    per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
+    num_blocks = options.num_blocks or _num_blocks(options, device, per_token, max_model_len)
+    cache = KVCache(
+        num_layers=layers,
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    paged = PagedModel(model, cache, backend)
+    check_packed(paged, expected)
+    info = ModelInfo(
+        vocab_size=text.vocab_size,
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        kv_bytes_per_token=per_token,
+        attention_backend=backend.name,
+    )
+    return paged, info
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name!r}, but torch sees no CUDA device: use cpu or auto", param="device")
+    return torch.device(name)
+
+
+def refuse_unsupported(config: PreTrainedConfig, max_model_len: int) -> None:
+    """UnsupportedModelError for architectures whose state or masks do not fit packed paged attention."""
+    text = config.get_text_config(decoder=True)
+    kind = config.model_type
+    other = set(getattr(text, "layer_types", None) or ()) - _PAGED_LAYERS
+    if other:
+        raise UnsupportedModelError(
+            f"{kind}: layers of type {', '.join(sorted(other))} keep state or masks that packed batches do not carry; only "
+            "full and sliding-window attention layers can be served"
+        )
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{kind}: multi-head latent attention has keys and values of different widths, which the KV cache does not hold"
+        )
+    if getattr(text, "attention_chunk_size", None):
+        raise UnsupportedModelError(f"{kind}: chunked attention lives in the mask only, and packed batches have no mask")
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    if rope.get("rope_type") in ("dynamic", "longrope") and max_model_len > original:
+        raise UnsupportedModelError(
+            f"{kind}: {rope['rope_type']} rotary scaling looks at the longest position of the whole batch, so one request's "
+            f"answer would depend on its neighbours; set max_model_len to {original} or less, where it does not apply"
+        )
+
+
+def _dtype(options: LoadOptions, text: PreTrainedConfig) -> torch.dtype:
+    if options.dtype == "auto":
+        own = text.dtype
+        return own if isinstance(own, torch.dtype) else torch.bfloat16
+    if options.dtype not in _DTYPES:
+        raise ConfigError(f"dtype={options.dtype!r}: use auto or one of {', '.join(_DTYPES)}", param="dtype")
+    return _DTYPES[options.dtype]
+
+
+def _backend(options: LoadOptions, device: torch.device) -> AttentionBackend:
+    name = options.attention_backend
+    if name == "auto":
+        name = "cpu" if device.type == "cpu" else "reference"
+    if name == "cpu" and device.type == "cpu":
+        return CpuBackend(options.num_threads)
+    if name == "reference":
+        return ReferenceBackend()
+    raise ConfigError(f"attention_backend={name!r} does not run on {device}: use auto", param="attention_backend")
+
+
+def _kv_shape(text: PreTrainedConfig) -> tuple[int, int, int]:
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return text.num_hidden_layers, kv_heads, head_dim
+
+
+def _max_model_len(options: LoadOptions, text: PreTrainedConfig) -> int:
+    own: int = text.max_position_embeddings
+    if options.max_model_len is None:
+        return own
+    if options.max_model_len > own:
+        raise ConfigError(
+            f"max_model_len={options.max_model_len} is above the {own} positions of the model: lower it",
+            param="max_model_len",
+        )
+    return options.max_model_len
+
+
+def _num_blocks(options: LoadOptions, device: torch.device, per_token: int, max_model_len: int) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(total * options.gpu_memory_utilization) - (total - free)
+    else:
+        budget = _CPU_KV_BYTES
+    per_block = per_token * options.block_size
+    wanted = options.max_num_seqs * math.ceil(max_model_len / options.block_size)
+    return min(max(budget // per_block, math.ceil(max_model_len / options.block_size)), wanted)
+
+
+def _add_noise(model: PreTrainedModel, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+            weight += (noise * weight.float().std() * scale).to(weight.dtype)
+

@@ -1,0 +1,175 @@
+"""Which sequences hold a row and KV blocks, which wait for them, and who yields to whom."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter
+
+from tailserve.engine.blocks import BlockPool
+from tailserve.engine.config import EngineConfig
+from tailserve.engine.sequence import Sequence
+from tailserve.engine.stats import EngineStats
+from tailserve.engine.types import RowJoin
+
+
+def place_in_line(seq: Sequence) -> tuple[int, float, int]:
+    """The sort key of both lines: class priority, then arrival."""
+    return seq.key
+
+
+class Residency:
+    """Two lines, running and waiting, both in order of (class priority, arrival), over one block pool.
+
+    A running sequence has a row at the verifier and blocks; a waiting one has neither. Slots and blocks are taken from
+    lower classes for higher ones; inside a class only an earlier sequence that already runs takes blocks from a later one.
+    """
+
+    def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
+        self.config = config
+        self.stats = stats
+        self.pool = BlockPool(config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.num_queued: Counter[str] = Counter()
+        """Class name to sequences that have not started yet."""
+        self.joins: list[RowJoin] = []
+        self.leaves: list[int] = []
+        self._next_row = 0
+
+    def enter(self, seq: Sequence) -> None:
+        """Puts a new sequence in line."""
+        insort(self.waiting, seq, key=place_in_line)
+        self.num_queued[seq.slo.name] += 1
+
+    def remove(self, seq: Sequence) -> None:
+        """Takes a sequence out of its line; its blocks are free on return."""
+        if seq.row is None:
+            del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
+            if seq.num_cached is None:
+                self.num_queued[seq.slo.name] -= 1
+        else:
+            self._leave(seq)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Takes a running sequence's row and blocks. It keeps its tokens and its place in line."""
+        self.stats.preemptions += 1
+        self._leave(seq)
+        insort(self.waiting, seq, key=place_in_line)
+
+    def evacuate(self) -> None:
+        """Rows and KV are lost: every running sequence goes back in line, to be computed again."""
+        while self.running:
+            self.preempt(self.running[-1])
+        self.joins.clear()
+        self.leaves.clear()
+        self.pool.forget()
+
+    def yield_slots(self) -> None:
+        """Running sequences of lower classes give their slots to waiting ones of higher classes."""
+        free = self.config.max_num_seqs - len(self.running)
+        for claims in range(len(self.waiting)):
+            if claims < free:
+                continue
+            # A victim lands behind its claimant, whose class is higher, so the claims counted so far stay in front.
+            if not self.running or not _outranks(self.waiting[claims], self.running[-1]):
+                break
+            self.preempt(self.running[-1])
+            free += 1
+
+    def admit(self, seq: Sequence) -> bool:
+        """Gives the first waiting sequence a row, the cached part of its tokens, and its place among the running.
+
+        False when there is no slot for it, or no room for its tokens that lower classes could yield.
+        """
+        if len(self.running) >= self.config.max_num_seqs:
+            return False
+        size = self.config.block_size
+        # At least one token is computed: its logits are needed.
+        hashes = seq.block_hashes((len(seq.token_ids) - 1) // size, size) if self.config.enable_prefix_caching else []
+        cached = self.pool.match(hashes)
+        # One token more than it has now, so that a sequence does not start only to be displaced.
+        total = len(seq.token_ids) // size + 1
+        while total - len(cached) + self.pool.count_free(cached) > self.pool.num_free:
+            if not self.running or not _outranks(seq, self.running[-1]):
+                return False
+            self.preempt(self.running[-1])
+            cached = self.pool.match(hashes)
+        del self.waiting[0]
+        self.pool.acquire(cached)
+        seq.block_ids = cached
+        seq.num_registered = len(cached)
+        seq.num_computed = len(cached) * size
+        seq.row, self._next_row = self._next_row, self._next_row + 1
+        insort(self.running, seq, key=place_in_line)
+        self.stats.prefix_cache_queries += len(seq.token_ids)
+        self.stats.prefix_cache_hits += seq.num_computed
+        if seq.num_cached is None:
+            seq.num_cached = seq.num_computed
+            self.num_queued[seq.slo.name] -= 1
+            self.stats.prompt_tokens += seq.prompt_len
+        self.joins.append(RowJoin(seq.row, list(seq.token_ids), seq.prompt_len, list(cached), seq.request.sampling))
+        return True
+
+    def extend(self, seq: Sequence, num_tokens: int, new_blocks: dict[int, list[int]]) -> bool:
+        """Makes room for `num_tokens` tokens; the least urgent give theirs. False if that was `seq` itself."""
+        while (need := self._missing(seq, num_tokens)) > self.pool.num_free:
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is seq:
+                return False
+        self._grow(seq, need, new_blocks)
+        return True
+
+    def extend_if_free(self, seq: Sequence, wanted: int, new_blocks: dict[int, list[int]]) -> int:
+        """Room for up to `wanted` tokens behind those known, at nobody's cost. Returns how many fit."""
+        known = len(seq.token_ids)
+        room = (len(seq.block_ids) + self.pool.num_free) * self.config.block_size - known
+        fits = max(min(wanted, room), 0)
+        self._grow(seq, self._missing(seq, known + fits), new_blocks)
+        return fits
+
+    def register(self, seq: Sequence) -> None:
+        """Offers blocks that are full of verified tokens to the prefix cache."""
+        full = min(seq.num_computed, len(seq.token_ids)) // self.config.block_size
+        if self.config.enable_prefix_caching and full > seq.num_registered:
+            hashes = seq.block_hashes(full, self.config.block_size)
+            for index in range(seq.num_registered, full):
+                self.pool.register(seq.block_ids[index], hashes[index])
+            seq.num_registered = full
+
+    def check_integrity(self) -> None:
+        """Blocks, rows and lines agree. AssertionError names what does not. O(blocks)."""
+        self.pool.check_integrity(seq.block_ids for seq in self.running)
+        assert len(self.running) <= self.config.max_num_seqs, "more sequences run than there are slots"
+        for name, line in (("running", self.running), ("waiting", self.waiting)):
+            assert line == sorted(line, key=place_in_line), f"{name} sequences are out of order"
+        queued = Counter(seq.slo.name for seq in self.waiting if seq.num_cached is None)
+        assert +self.num_queued == queued, f"{self.num_queued} queued by count, {queued} in line"
+        for seq in self.running:
+            assert seq.row is not None, "a running sequence has no row"
+            assert 0 <= seq.num_computed < len(seq.token_ids), "a sequence is computed past its last token"
+            assert len(seq.block_ids) * self.config.block_size >= seq.num_computed, "computed tokens have no block"
+        assert all(seq.row is None and not seq.block_ids for seq in self.waiting), "a waiting sequence holds something"
+
+    def _missing(self, seq: Sequence, num_tokens: int) -> int:
+        return max(0, -(-num_tokens // self.config.block_size) - len(seq.block_ids))
+
+    def _grow(self, seq: Sequence, count: int, new_blocks: dict[int, list[int]]) -> None:
+        if count > 0:
+            assert seq.row is not None
+            taken = self.pool.allocate(count)
+            seq.block_ids += taken
+            new_blocks.setdefault(seq.row, []).extend(taken)
+
+    def _leave(self, seq: Sequence) -> None:
+        assert seq.row is not None
+        del self.running[bisect_left(self.running, seq.key, key=place_in_line)]
+        self.leaves.append(seq.row)
+        self.pool.release(seq.block_ids)
+        seq.block_ids = []
+        seq.row = None
+        seq.num_computed = seq.num_registered = 0
+
+
+def _outranks(seq: Sequence, other: Sequence) -> bool:
+    return seq.slo.priority < other.slo.priority

@@ -1,0 +1,226 @@
+"""Who runs in the next step, and what became of the last one.
+
+One rule for everything: sequences are placed in order of (class priority, arrival), whether they run or wait, generate or
+still read their prompt. A sequence has tokens, and `num_computed` catches up with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tailserve.engine.config import EngineConfig
+from tailserve.engine.errors import InvalidRequestError
+from tailserve.engine.residency import Residency
+from tailserve.engine.sequence import Sequence
+from tailserve.engine.speculation.drafter import Draft
+from tailserve.engine.stats import EngineStats
+from tailserve.engine.stopping import Stop, check_stop
+from tailserve.engine.types import Batch, FinishReason, Request, StepResult, TokenChunk, TokenLogprob
+
+
+class Scheduled(NamedTuple):
+    """One entry of a batch under way."""
+
+    seq: Sequence
+    row: int
+    start: int
+    length: int
+    draft: list[int]
+
+
+class Scheduler:
+    """Continuous batching over one block pool. Not thread-safe: one loop owns it.
+
+    A request that was added ends exactly once: by a chunk with a finish reason from `commit`, `take_ended`, `abort` or
+    `fail_all`.
+    """
+
+    def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
+        self.config = config
+        self.stats = stats
+        self.residency = Residency(config, stats)
+        self._classes = {slo.name: slo for slo in config.classes}
+        self._sequences: dict[str, Sequence] = {}
+        self._timed: dict[str, Sequence] = {}
+        self._ended: list[TokenChunk] = []
+        self._in_flight: dict[int, list[Scheduled]] = {}
+        self._num_steps = 0
+        self._num_added = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences or self.residency.leaves or self._ended)
+
+    def add(self, request: Request, now: float) -> None:
+        """Puts a request in line. InvalidRequestError if it could never run, or its id is in use."""
+        slo = self._classes.get(request.slo_class)
+        num_prompt = len(request.prompt_token_ids)
+        if slo is None:
+            raise InvalidRequestError(f"unknown SLO class {request.slo_class!r}", param="slo_class")
+        if request.id in self._sequences:
+            raise InvalidRequestError(f"request id {request.id!r} is already in use", param="request_id")
+        if not 0 < num_prompt < self.config.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt} tokens; the context holds {self.config.max_model_len}, the answer included",
+                param="prompt",
+            )
+        self._num_added += 1
+        seq = Sequence(request, slo, now - request.age_s, self._num_added)
+        self._sequences[request.id] = seq
+        if request.timeout_s is not None:
+            self._timed[request.id] = seq
+        self.residency.enter(seq)
+
+    def abort(self, request_id: str) -> TokenChunk | None:
+        """Ends a request now; its blocks are free on return. None if there is no such request (any more)."""
+        seq = self._sequences.get(request_id)
+        return None if seq is None else self._finish(seq, Stop(FinishReason.ABORT))
+
+    def fail_all(self, error: str) -> list[TokenChunk]:
+        """Ends every request with FinishReason.ERROR."""
+        return [self._finish(seq, Stop(FinishReason.ERROR), error=error) for seq in list(self._sequences.values())]
+
+    def take_ended(self) -> list[TokenChunk]:
+        """Requests whose deadlines passed since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def schedule(self, now: float, drafts: Mapping[int, Draft]) -> Batch | None:
+        """The next batch, or None if there is nothing to do. `drafts` by row; those that no longer fit are dropped."""
+        for seq in [seq for seq in self._timed.values() if seq.expired(now)]:
+            self._ended.append(self._finish(seq, Stop(FinishReason.LENGTH, "deadline")))
+        residency = self.residency
+        residency.yield_slots()
+        running, waiting = residency.running, residency.waiting
+        work: list[Scheduled] = []
+        new_blocks: dict[int, list[int]] = {}
+        # Every generating sequence is sure of one token; prompt chunks and drafts share what is left, most urgent first.
+        spare = self.config.max_num_batched_tokens - sum(seq.num_pending == 1 for seq in running)
+        admitting, index = True, 0
+        while True:
+            admitted = False
+            if admitting and waiting and (index >= len(running) or waiting[0].key < running[index].key):
+                admitted = admitting = spare > 0 and residency.admit(waiting[0])
+            if index >= len(running):
+                break
+            seq = running[index]
+            sure = seq.num_pending == 1 and not admitted
+            length = 1 if sure else min(seq.num_pending, spare)
+            if length == 0:
+                index += 1
+                continue
+            if not residency.extend(seq, seq.num_computed + length, new_blocks):
+                continue  # it gave its own place up: the next one moved to this index
+            spare -= 0 if sure else length
+            draft = self._fit_draft(seq, drafts, spare, new_blocks)
+            spare -= len(draft)
+            assert seq.row is not None
+            work.append(Scheduled(seq, seq.row, seq.num_computed, length, draft))
+            index += 1
+        return self._pack(work, new_blocks)
+
+    def commit(self, result: StepResult) -> list[TokenChunk]:
+        """Advances the sequences of a step; the only place where that happens. Returns what clients are to get."""
+        chunks = self.take_ended()
+        self.stats.steps += 1
+        for entry, token_ids in zip(self._in_flight.pop(result.step), result.token_ids, strict=True):
+            seq = entry.seq
+            if seq.row != entry.row:
+                continue  # it ended or was displaced while the step ran
+            seq.num_computed = entry.start + entry.length
+            if token_ids:
+                accepted = len(token_ids) - 1
+                seq.num_computed += accepted
+                seq.num_drafted += len(entry.draft)
+                seq.num_accepted_drafts += accepted
+                self.stats.draft_tokens += len(entry.draft)
+                self.stats.accepted_draft_tokens += accepted
+                chunks.append(self._append(seq, token_ids, result.logprobs.get(entry.row)))
+            else:
+                self.residency.register(seq)
+        return chunks
+
+    def recover(self) -> None:
+        """The verifier lost its rows and its KV: everything goes on from its tokens."""
+        self._in_flight.clear()
+        self.residency.evacuate()
+
+    def check_integrity(self) -> None:
+        """Every block and every sequence is accounted for exactly once. AssertionError names what is not. O(blocks)."""
+        self.residency.check_integrity()
+        lines = self.residency.running + self.residency.waiting
+        assert len(lines) == len(self._sequences), "a sequence is in no line, or in two"
+        assert {id(seq) for seq in lines} == {id(seq) for seq in self._sequences.values()}
+        assert self._timed.keys() <= self._sequences.keys(), "a deadline outlived its request"
+
+    def _fit_draft(
+        self, seq: Sequence, drafts: Mapping[int, Draft], spare: int, new_blocks: dict[int, list[int]]
+    ) -> list[int]:
+        """The part of a sequence's draft that still applies and takes nothing from anybody."""
+        draft = drafts.get(seq.row) if seq.row is not None else None
+        num_tokens = len(seq.token_ids)
+        if draft is None or draft.base_len != num_tokens:
+            return []
+        wanted = min(
+            len(draft.token_ids),
+            spare,
+            # The verifier adds a token of its own behind the accepted ones.
+            seq.request.sampling.max_tokens - seq.num_output - 1,
+            self.config.max_model_len - num_tokens - 1,
+        )
+        return draft.token_ids[: self.residency.extend_if_free(seq, wanted, new_blocks)]
+
+    def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> TokenChunk:
+        stop: Stop | None = None
+        taken = 0
+        for token_id in token_ids:
+            seq.token_ids.append(token_id)
+            taken += 1
+            stop = check_stop(
+                token_id, seq.num_output, len(seq.token_ids), seq.request.sampling, self.config.max_model_len
+            )
+            if stop is not None:
+                break
+        self.stats.generated_tokens += taken
+        self.residency.register(seq)
+        out = tuple(token_ids[:taken])
+        kept = None if logprobs is None else tuple(logprobs[:taken])
+        if stop is None:
+            return TokenChunk(seq.request.id, out, kept)
+        return self._finish(seq, stop, out, kept)
+
+    def _finish(
+        self,
+        seq: Sequence,
+        stop: Stop,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+        *,
+        error: str | None = None,
+    ) -> TokenChunk:
+        del self._sequences[seq.request.id]
+        self._timed.pop(seq.request.id, None)
+        self.residency.remove(seq)
+        self.stats.finished[stop.reason] = self.stats.finished.get(stop.reason, 0) + 1
+        return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error)
+
+    def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]]) -> Batch | None:
+        joins, self.residency.joins = self.residency.joins, []
+        leaves, self.residency.leaves = self.residency.leaves, []
+        if not work and not leaves:
+            return None
+        step = self._num_steps
+        self._num_steps += 1
+        self._in_flight[step] = work
+        return Batch(
+            step=step,
+            rows=[entry.row for entry in work],
+            starts=[entry.start for entry in work],
+            lengths=[entry.length for entry in work],
+            samples=[entry.start + entry.length == len(entry.seq.token_ids) for entry in work],
+            drafts={entry.row: entry.draft for entry in work if entry.draft},
+            new_blocks=new_blocks,
+            joins=joins,
+            leaves=leaves,
+        )

@@ -1,0 +1,78 @@
+"""The one mutable record of a request inside the engine."""
+
+from __future__ import annotations
+
+from tailserve.engine.blocks import chain_hash, root_hash
+from tailserve.engine.types import Request, SloClass, Usage
+
+
+class Sequence:
+    """A request's tokens, how far they are computed, and what it holds. Only the scheduler changes it.
+
+    There is no prefill and no decode phase: `num_computed` catches up with `len(token_ids)`.
+    """
+
+    __slots__ = (
+        "_root",
+        "arrival_s",
+        "block_ids",
+        "hashes",
+        "key",
+        "num_accepted_drafts",
+        "num_cached",
+        "num_computed",
+        "num_drafted",
+        "num_registered",
+        "prompt_len",
+        "request",
+        "row",
+        "slo",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, slo: SloClass, arrival_s: float, number: int) -> None:
+        self.request = request
+        self.slo = slo
+        self.arrival_s = arrival_s
+        self.key = (slo.priority, arrival_s, number)
+        """Place in line: class, then arrival, then number. Keeps its value when the sequence is preempted."""
+        self.token_ids = list(request.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        self.num_computed = 0
+        self.num_cached: int | None = None
+        """Prompt tokens found in the prefix cache at the first start; None before it."""
+        self.row: int | None = None
+        """The verifier's name for it; None while it waits."""
+        self.block_ids: list[int] = []
+        self.hashes: list[bytes] = []
+        self.num_registered = 0
+        """Blocks already offered to the prefix cache."""
+        self.num_drafted = 0
+        self.num_accepted_drafts = 0
+        # A request that shares with nobody still finds its own blocks again after a preemption.
+        scope = request.scope if request.scope is not None else f"request:{request.id}"
+        self._root = root_hash(scope, request.adapter)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that are not computed yet; 1 while generating."""
+        return len(self.token_ids) - self.num_computed
+
+    def expired(self, now: float) -> bool:
+        timeout_s = self.request.timeout_s
+        return timeout_s is not None and now - self.arrival_s >= timeout_s
+
+    def block_hashes(self, count: int, block_size: int) -> list[bytes]:
+        """Hashes of the first `count` full blocks."""
+        while len(self.hashes) < count:
+            parent = self.hashes[-1] if self.hashes else self._root
+            begin = len(self.hashes) * block_size
+            self.hashes.append(chain_hash(parent, self.token_ids[begin : begin + block_size]))
+        return self.hashes[:count]
+
+    def usage(self) -> Usage:
+        return Usage(self.num_cached or 0, self.num_accepted_drafts, self.num_drafted - self.num_accepted_drafts)

@@ -1,0 +1,29 @@
+"""Whose KV blocks a request may share."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+def sharing_scope(
+    *,
+    tenant: str = "",
+    session_id: str | None = None,
+    prompt_cache_key: str | None = None,
+    user: str | None = None,
+    cache_salt: str | None = None,
+) -> str | None:
+    """The scope in which a request's KV blocks may be found again, or None when it shares with nobody.
+
+    A scope is a tenant, then its session if given, else its `prompt_cache_key`, else its `user`, else all of the tenant;
+    a salt divides it further. Where there are no tenants (no API keys), a request that names nothing shares nothing, so
+    that strangers cannot probe each other's prompts by timing.
+    """
+    for kind, value in (("session", session_id), ("key", prompt_cache_key), ("user", user)):
+        if value is not None:
+            break
+    else:
+        kind, value = "tenant", ""
+        if not tenant and cache_salt is None:
+            return None
+    return msgspec.json.encode((tenant, kind, value, cache_salt)).decode()

@@ -1,0 +1,1 @@
+"""Speculative decoding: what a drafter is, n-gram drafts, sampling and verification."""

@@ -1,0 +1,59 @@
+"""Drafts by looking the last few tokens up in the sequence itself (prompt lookup decoding)."""
+
+from __future__ import annotations
+
+from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
+
+
+class NgramDrafter:
+    """Proposes what followed the most recent earlier occurrence of the sequence's last tokens.
+
+    The longest match of `max_ngram` down to `min_ngram` tokens wins. Each row keeps an index from n-gram to the position
+    behind its latest occurrence, so that a proposal costs O(new tokens), not O(context).
+    Source: Saxena, "Prompt lookup decoding" (2023).
+    """
+
+    def __init__(self, *, min_ngram: int = 2, max_ngram: int = 4) -> None:
+        self._sizes = range(max_ngram, min_ngram - 1, -1)
+        self._rows: dict[int, _Row] = {}
+
+    def run(self, work: DraftWork) -> DraftResult:
+        for row in work.leaves:
+            self._rows.pop(row, None)
+        drafts = {}
+        for entry in work.rows:
+            state = self._rows.setdefault(entry.row, _Row())
+            state.update(entry.keep, entry.token_ids, self._sizes)
+            proposal = state.propose(work.num_tokens, self._sizes)
+            if proposal:
+                drafts[entry.row] = Draft(len(state.tokens), proposal)
+        return DraftResult(work.step, drafts)
+
+
+class _Row:
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.index: dict[tuple[int, ...], int] = {}
+
+    def update(self, keep: int, token_ids: list[int], sizes: range) -> None:
+        if keep < len(self.tokens):
+            self.tokens = self.tokens[:keep]
+            self.index.clear()
+            self._index(0, sizes)
+        begin = len(self.tokens)
+        self.tokens += token_ids
+        self._index(begin, sizes)
+
+    def _index(self, begin: int, sizes: range) -> None:
+        # An n-gram is entered once a token follows it, so the sequence's own end is never its own match.
+        for follower in range(max(begin, 1), len(self.tokens)):
+            for size in sizes:
+                if size <= follower:
+                    self.index[tuple(self.tokens[follower - size : follower])] = follower
+
+    def propose(self, num_tokens: int, sizes: range) -> list[int]:
+        for size in sizes:
+            follower = self.index.get(tuple(self.tokens[-size:]))
+            if follower is not None and len(self.tokens) >= size:
+                return self.tokens[follower : follower + num_tokens]
+        return []

@@ -1,0 +1,33 @@
+"""What the engine knows about itself. Counters only grow; gauges are as of the last step."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """Counts since the engine started; the scheduler and the engine add to them."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Prompt tokens of requests that started."""
+    generated_tokens: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    draft_timeouts: int = 0
+    executor_restarts: int = 0
+    finished: dict[str, int] = {}
+    """Finish reason to requests."""
+
+
+class EngineGauges(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of the moment."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    """Share of the blocks in use, 0 to 1."""
