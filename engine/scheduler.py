@@ -177,9 +177,7 @@ class Scheduler:
         for token_id in token_ids:
             seq.token_ids.append(token_id)
             taken += 1
-            stop = check_stop(
-                token_id, seq.num_output, len(seq.token_ids), seq.request.sampling, self.config.max_model_len
-            )
+            stop = check_stop(token_id, seq.num_output, len(seq.token_ids), seq.request.sampling, self.config.max_model_len)
             if stop is not None:
                 break
         self.stats.generated_tokens += taken
@@ -187,7 +185,7 @@ class Scheduler:
         out = tuple(token_ids[:taken])
         kept = None if logprobs is None else tuple(logprobs[:taken])
         if stop is None:
-            return TokenChunk(seq.request.id, out, kept)
+            return TokenChunk(seq.request.id, out, kept, usage=seq.usage())
         return self._finish(seq, stop, out, kept)
 
     def _finish(

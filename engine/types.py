@@ -108,8 +108,8 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    usage: Usage | None = None
-    """Set with `finish_reason`."""
+    usage: Usage = Usage()
+    """What the request has cost so far."""
     error: str | None = None
     """Set with FinishReason.ERROR."""
 

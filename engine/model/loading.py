@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import msgspec
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -16,36 +15,12 @@ from tailserve.engine.model.linear import prepack
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.selfcheck import check_packed, eager_logits
+from tailserve.engine.options import LoadOptions
 from tailserve.engine.types import ModelInfo
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CPU_KV_BYTES = 1 << 30
 _PAGED_LAYERS = {"full_attention", "sliding_attention"}
-
-
-class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How to load a model. Sizes in tokens unless they say otherwise."""
-
-    path: str
-    """A local directory with a config.json and safetensors."""
-    dtype: str = "auto"
-    """auto (the checkpoint's own), bfloat16, float16 or float32."""
-    device: str = "auto"
-    """auto (CUDA if there is one), cpu, cuda."""
-    attention_backend: str = "auto"
-    """auto, cpu or reference."""
-    max_model_len: int | None = None
-    block_size: int = 16
-    num_blocks: int | None = None
-    """None: from the memory that is free on a GPU, 1 GiB on a CPU."""
-    gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory that weights and KV may take together."""
-    max_num_seqs: int = 64
-    num_threads: int | None = None
-    """CPU threads; None: all cores."""
-    noise: float = 0.0
-    """Standard deviation, relative to each weight's own, of noise added to the weights: a stand-in for a draft that
-    agrees some of the time."""
 
 
 def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
@@ -185,4 +160,3 @@ def _add_noise(model: PreTrainedModel, scale: float) -> None:
         if weight.ndim > 1:
             noise = torch.randn(weight.shape, generator=generator).to(weight.device)
             weight += (noise * weight.float().std() * scale).to(weight.dtype)
-

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tailserve.engine.model.attention import AttentionBackend, KVCache, PagedContext, PackedSequences
+from tailserve.engine.model.attention import AttentionBackend, KVCache, PackedSequences, PagedContext
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class PagedModel:
         size = self.cache.block_size
         slots = tables[owner, positions // size].astype(np.int64) * size + positions % size
         ends = query_starts[1:]
-        wanted = np.concatenate(
-            [np.arange(end - span.num_logits, end) for end, span in zip(ends, spans, strict=True)]
-        )
+        wanted = np.concatenate([np.arange(end - span.num_logits, end) for end, span in zip(ends, spans, strict=True)])
         sequences = PackedSequences(query_starts, starts + lengths, tables, self._tensor(slots))
         token_ids = np.concatenate([np.asarray(span.token_ids, np.int64) for span in spans])
         output = self.model(

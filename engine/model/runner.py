@@ -43,9 +43,7 @@ class ModelRunner:
         return StepResult(batch.step, token_ids, logprobs, time.perf_counter() - begin)
 
     @torch.inference_mode()
-    def _choose(
-        self, work: list[RowWork], logits: torch.Tensor, logprobs: dict[int, list[TokenLogprob]]
-    ) -> list[list[int]]:
+    def _choose(self, work: list[RowWork], logits: torch.Tensor, logprobs: dict[int, list[TokenLogprob]]) -> list[list[int]]:
         points: list[SamplingPoint] = []
         raw: dict[int, torch.Tensor] = {}
         for entry in work:

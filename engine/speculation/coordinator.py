@@ -25,9 +25,11 @@ class DraftCoordinator:
         """Row to the number of its tokens that the drafter has."""
         self._asked: int | None = None
         self._late = False
+        self._incarnation = drafter.incarnation
 
     def start(self, step: int, running: List[Sequence]) -> None:
         """Asks for drafts for every sequence that generates."""
+        self._notice_restart()
         if self._asked is not None:
             return
         rows = []
@@ -42,12 +44,11 @@ class DraftCoordinator:
             return
         if self._drafter.send(DraftWork(step, self._num_tokens, rows, leaves)):
             self._known = known
-            self._asked = step if rows else None
-        else:
-            self._known = {}
+            self._asked = step
 
     def collect(self) -> dict[int, Draft]:
         """Row to draft; empty if there is none in time."""
+        self._notice_restart()
         if self._asked is None:
             return {}
         result = self._drafter.receive(self._asked, 0.0 if self._late else self._timeout_s)
@@ -59,8 +60,9 @@ class DraftCoordinator:
         self._late = False
         return result.drafts
 
-    def reset(self) -> None:
-        """The drafter on the other side is a new one and knows nothing."""
-        self._known = {}
-        self._asked = None
-        self._late = False
+    def _notice_restart(self) -> None:
+        if self._drafter.incarnation != self._incarnation:
+            self._incarnation = self._drafter.incarnation
+            self._known = {}
+            self._asked = None
+            self._late = False

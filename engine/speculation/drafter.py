@@ -45,8 +45,11 @@ class DraftResult(msgspec.Struct, frozen=True, array_like=True):
 class Drafter(Protocol):
     """The engine's side of a draft process. Neither method raises when the draft is dead: there are just no drafts."""
 
+    incarnation: int
+    """Changes whenever the other side has forgotten everything."""
+
     def send(self, work: DraftWork) -> bool:
-        """Starts the work. False when there is nobody to do it; what was sent before is then forgotten over there."""
+        """Starts the work. False when there is nobody to do it."""
 
     def receive(self, step: int, timeout_s: float) -> DraftResult | None:
         """The answer for `step`, or None if it does not come in time."""

@@ -1,0 +1,134 @@
+"""The configuration of a deployment: one strict model for the command line, a YAML file and a RayService's arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tailserve.engine.errors import ConfigError
+from tailserve.engine.types import SloClass
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SloClassConfig(_Strict):
+    """One service-level class."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")
+    priority: int = Field(description="lower is more urgent")
+    ttft_s: float = Field(gt=0, description="target for the time to first token, seconds")
+    tpot_s: float = Field(gt=0, description="target for the time per output token, seconds")
+    max_tokens: int = Field(default=4096, ge=1, description="most output tokens of one request")
+    max_queued: int = Field(default=1024, ge=0, description="requests that may wait for a first slot before 429")
+    speculate: bool = True
+
+    def to_engine(self) -> SloClass:
+        return SloClass(**self.model_dump())
+
+
+class Resources(_Strict):
+    """What each process asks of Ray. CPUs are Ray's logical ones: they decide placement, not speed."""
+
+    ingress_cpus: float = Field(default=0.25, ge=0)
+    router_cpus: float = Field(default=0.25, ge=0)
+    verifier_cpus: float = Field(default=1.0, ge=0)
+    verifier_gpus: float = Field(default=0, ge=0, description="0 serves from CPUs")
+    draft_cpus: float = Field(default=0.25, ge=0)
+    draft_gpus: float = Field(default=0, ge=0)
+
+
+class Timeouts(_Strict):
+    """Seconds."""
+
+    step_s: float = Field(default=60.0, gt=0, description="a verifier that takes longer for a step is restarted")
+    draft_s: float = Field(default=0.05, ge=0, description="how long a step waits for the draft")
+    draft_hang_s: float = Field(default=10.0, gt=0, description="a draft that takes longer is restarted")
+    submit_s: float = Field(default=10.0, gt=0, description="how long a request may look for an instance")
+
+
+class TailserveConfig(_Strict):
+    """Everything a deployment is built from."""
+
+    model: str | None = Field(default=None, description="directory or hub name; none serves the demo model")
+    served_model_name: str | None = Field(default=None, description="the name clients use; default: the model's")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = "auto"
+    attention_backend: Literal["auto", "cpu", "reference"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=2, description="tokens of prompt and answer; default: the model's")
+    max_num_seqs: int = Field(default=64, ge=1, le=4096, description="sequences that run at once")
+    max_num_batched_tokens: int = Field(default=512, ge=1, description="tokens of one step")
+    block_size: int = Field(default=16, ge=1, le=256, description="tokens of one KV block")
+    num_kv_blocks: int | None = Field(default=None, ge=1, description="default: from the memory that is free")
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    cpu_threads: int | None = Field(default=None, ge=1, description="threads of the verifier; default: all cores")
+    enable_prefix_caching: bool = True
+    draft_model: str = Field(default="ngram", description="ngram, none, or a directory or hub name")
+    speculation: Literal["auto", "off"] | int = Field(default="auto", description="draft tokens per step; auto: 4")
+    draft_noise: float = Field(default=0.0, ge=0, description="noise on a draft model's weights, for tests")
+    slo_classes: tuple[SloClassConfig, ...] = (
+        SloClassConfig(name="critical", priority=0, ttft_s=0.5, tpot_s=0.04),
+        SloClassConfig(name="normal", priority=10, ttft_s=5.0, tpot_s=0.2),
+    )
+    default_class: str = "normal"
+    urgent_class: str = Field(default="critical", description="class of requests with a negative integer `priority`")
+    service_tiers: dict[Literal["auto", "default", "flex", "priority"], str] = Field(
+        default_factory=lambda: {"auto": "normal", "default": "normal", "flex": "normal", "priority": "critical"},
+        description="`service_tier` to class",
+    )
+    resources: Resources = Resources()
+    timeouts: Timeouts = Timeouts()
+    num_instances: int = Field(default=1, ge=1)
+    num_ingresses: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TailserveConfig:
+        names = [slo.name for slo in self.slo_classes]
+        if len(set(names)) != len(names):
+            raise ValueError("slo_classes names a class twice: give each its own name")
+        used = {"default_class": self.default_class, "urgent_class": self.urgent_class}
+        used |= {f"service_tiers.{tier}": name for tier, name in self.service_tiers.items()}
+        for field, name in used.items():
+            if name not in names:
+                raise ValueError(f"{field} is {name!r}, which is no class of slo_classes ({', '.join(names)})")
+        if isinstance(self.speculation, int) and not 0 <= self.speculation <= 32:
+            raise ValueError(f"speculation is {self.speculation}: use auto, off, or 1 to 32 draft tokens")
+        return self
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Draft tokens per sequence and step; 0 when speculation is off."""
+        if self.draft_model == "none" or self.speculation == "off":
+            return 0
+        return 4 if self.speculation == "auto" else self.speculation
+
+    def classes(self) -> tuple[SloClass, ...]:
+        return tuple(slo.to_engine() for slo in self.slo_classes)
+
+
+def parse_config(data: dict[str, Any]) -> TailserveConfig:
+    """Checks a mapping. ConfigError names every wrong field and what it would accept."""
+    try:
+        return TailserveConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc']) or 'configuration'}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        first = error.errors()[0]["loc"]
+        raise ConfigError("; ".join(problems), param=str(first[0]) if first else None) from None
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """A YAML mapping. ConfigError if the file cannot be read or holds something else."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}", param="config") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds no mapping: write `key: value` lines", param="config")
+    return data

@@ -1,0 +1,64 @@
+"""Steps between processes: typed messages over a pair of ZeroMQ sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import msgspec
+import zmq
+
+Incoming = TypeVar("Incoming")
+Outgoing = TypeVar("Outgoing")
+
+
+class Channel(Generic[Outgoing, Incoming]):
+    """One end of a connection between two processes on one node. One thread uses it at a time.
+
+    Messages are encoded with msgspec, which builds nothing but the declared types (a pickle would run code). The endpoint
+    is a socket file; whoever binds it keeps it in a directory that only its user can enter.
+    """
+
+    def __init__(self, endpoint: str, incoming: type[Incoming], *, bind: bool) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        if bind:
+            self._socket.bind(endpoint)
+        else:
+            self._socket.connect(endpoint)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(incoming)
+        self.bytes_sent = 0
+
+    def send(self, message: Outgoing) -> bool:
+        """Hands a message to the transport. False if the other side is gone and its queue is full."""
+        data = self._encoder.encode(message)
+        self.bytes_sent += len(data)
+        try:
+            self._socket.send(data, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, timeout_s: float) -> Incoming | None:
+        """The next message, or None after `timeout_s` seconds. msgspec.DecodeError if it is not of the declared type."""
+        if not self._socket.poll(timeout_s * 1000):
+            return None
+        return self._decoder.decode(self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def serve_channel(
+    endpoint: str, incoming: type[Incoming], handler: Callable[[Incoming], Outgoing], *, parent_alive: Callable[[], bool]
+) -> None:
+    """Answers messages until the parent process is gone. A handler's exception ends the process: its rows are lost."""
+    channel: Channel[Outgoing, Incoming] = Channel(endpoint, incoming, bind=False)
+    try:
+        while parent_alive():
+            message = channel.receive(1.0)
+            if message is not None:
+                channel.send(handler(message))
+    finally:
+        channel.close()

@@ -1,0 +1,134 @@
+"""The `tailserve` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from tailserve.cluster import placement
+from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
+from tailserve.cluster.settings import settings
+from tailserve.engine.errors import TailserveError
+
+logger = logging.getLogger("tailserve")
+
+READY_TIMEOUT_S = 1800.0
+_FLAGS: list[tuple[str, dict[str, Any]]] = [
+    ("--dtype", {"help": "auto, bfloat16, float16 or float32 (default: the checkpoint's own)"}),
+    ("--device", {"help": "auto, cpu or cuda"}),
+    ("--draft-model", {"help": "ngram, none, or a directory or hub name of a model of the same vocabulary"}),
+    (
+        "--speculation",
+        {"help": "auto, off, or the number of draft tokens per step", "type": lambda v: int(v) if v.isdigit() else v},
+    ),
+    ("--max-model-len", {"help": "tokens of prompt and answer (default: the model's own)", "type": int}),
+    ("--max-num-seqs", {"help": "sequences that run at once", "type": int}),
+    ("--max-num-batched-tokens", {"help": "tokens computed in one step", "type": int}),
+    ("--gpu-memory-utilization", {"help": "share of a GPU's memory to use, 0 to 1", "type": float}),
+    ("--served-model-name", {"help": "the name clients use"}),
+    ("--cpu-threads", {"help": "threads of the verifier (default: all cores)", "type": int}),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        status: int = args.run(args)
+        return status
+    except TailserveError as error:
+        sys.stderr.write(f"tailserve: {error.message}\n")
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tailserve", description="Latency-first LLM serving on Ray Serve.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve a model over the OpenAI API")
+    serve.set_defaults(run=_serve)
+    serve.add_argument(
+        "model", nargs="?", help="directory or hub name of a transformers model (default: a small demo model)"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on")
+    serve.add_argument("--config", help="YAML file with the fields of the configuration; flags win over it")
+    for flag, options in _FLAGS:
+        serve.add_argument(flag, default=argparse.SUPPRESS, **options)
+    return parser
+
+
+def resolve_config(args: argparse.Namespace) -> TailserveConfig:
+    """Flags win over the file, the file over the defaults."""
+    data = read_config_file(args.config) if args.config else {}
+    if args.model is not None:
+        data["model"] = args.model
+    for flag, _ in _FLAGS:
+        name = flag.removeprefix("--").replace("-", "_")
+        if hasattr(args, name):
+            data[name] = getattr(args, name)
+    return parse_config(data)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config = resolve_config(args)
+    # Ray and Serve take their time to import: after the arguments are known to be right.
+    from tailserve.deployments.models import resolve_model
+
+    resolve_model(config.model)
+    if config.num_speculative_tokens and config.draft_model != "ngram":
+        resolve_model(config.draft_model)
+
+    import ray
+    from ray import serve
+
+    from tailserve.deployments.app import build_app
+
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    address = settings().ray_address
+    if address is None:
+        # Logical CPUs decide placement only; a small machine must not refuse a deployment for want of them.
+        cpus = max(os.cpu_count() or 1, int(placement.total_cpus(config)) + 1)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=True)
+    else:
+        ray.init(address=address)
+    try:
+        serve.start(http_options={"host": args.host, "port": args.port})
+        serve.run(build_app(config), name="tailserve", route_prefix="/", blocking=False)
+        url = f"http://{args.host}:{args.port}"
+        if not _wait_until_ready(url, stopped):
+            return 1 if not stopped.is_set() else 0
+        logger.info("ready: %s/v1 (POST /v1/chat/completions, model %s)", url, _served_name(config))
+        stopped.wait()
+        logger.info("shutting down")
+        return 0
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _served_name(config: TailserveConfig) -> str:
+    from tailserve.deployments.models import model_name
+
+    return config.served_model_name or model_name(config.model)
+
+
+def _wait_until_ready(url: str, stopped: threading.Event) -> bool:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline and not stopped.is_set():
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=5):
+                return True
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            stopped.wait(0.1)
+    return False

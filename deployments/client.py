@@ -1,0 +1,155 @@
+"""An ingress's side of the routers: requests out, tokens in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Protocol
+
+import msgspec
+
+from tailserve.deployments.streams import StepMessage
+from tailserve.engine.errors import NotReadyError, TailserveError
+from tailserve.engine.types import FinishReason, Request, TokenChunk
+
+logger = logging.getLogger(__name__)
+
+
+class RouterCalls(Protocol):
+    """The router deployment's methods, as coroutines; see `tailserve.deployments.router.Router`."""
+
+    async def submit(self, request: bytes, ingress: str) -> str: ...
+    def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]: ...
+    async def abort(self, request_ids: list[str], *, instance: str) -> None: ...
+    async def status(self) -> dict[str, Any]: ...
+
+
+class ServeCalls:
+    """`RouterCalls` over a Serve handle. Errors come back as the routers raised them."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def submit(self, request: bytes, ingress: str) -> str:
+        instance: str = await self._call(self._handle.submit.remote(request, ingress))
+        return instance
+
+    async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
+        async for data in self._handle.options(stream=True).stream.remote(ingress, instance=instance):
+            yield data
+
+    async def abort(self, request_ids: list[str], *, instance: str) -> None:
+        await self._call(self._handle.abort.remote(request_ids, instance=instance))
+
+    async def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = await self._call(self._handle.status.remote())
+        return status
+
+    @staticmethod
+    async def _call(response: Any) -> Any:
+        try:
+            return await response
+        except Exception as error:
+            # Ray wraps what the replica raised.
+            if isinstance(cause := getattr(error, "cause", None), TailserveError):
+                raise cause from None
+            raise
+
+
+class RouterClient:
+    """Requests of one ingress at all instances. One stream per instance carries the tokens of all of them."""
+
+    def __init__(self, calls: RouterCalls, *, submit_timeout_s: float) -> None:
+        self._calls = calls
+        self._submit_timeout_s = submit_timeout_s
+        self._ingress = uuid.uuid4().hex
+        self._queues: dict[str, asyncio.Queue[TokenChunk]] = {}
+        self._instances: dict[str, str] = {}
+        """Request id to the instance that accepted it."""
+        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._decoder = msgspec.msgpack.Decoder(StepMessage)
+
+    async def submit(self, request: Request, queue: asyncio.Queue[TokenChunk]) -> None:
+        """Places a request; its chunks arrive in `queue`, the last with a finish reason.
+
+        NotReadyError when no instance takes it in time; what the router raises otherwise.
+        """
+        self._queues[request.id] = queue
+        try:
+            call = self._spawn(self._calls.submit(msgspec.msgpack.encode(request), self._ingress))
+            instance = await asyncio.wait_for(asyncio.shield(call), self._submit_timeout_s)
+        except TimeoutError:
+            self.cancel(request.id)
+            raise NotReadyError("no instance took the request in time; try again") from None
+        except BaseException:
+            self.cancel(request.id)
+            raise
+        if request.id in self._queues:
+            self._instances[request.id] = instance
+            self._read(instance)
+
+    def cancel(self, request_id: str) -> None:
+        """Forgets a request and ends it at its instance. Needs no waiting: what still arrives for it is ended too."""
+        self._queues.pop(request_id, None)
+        instance = self._instances.pop(request_id, None)
+        if instance is not None:
+            self._spawn(self._abort([request_id], instance))
+
+    def _read(self, instance: str) -> None:
+        if instance not in self._readers:
+            self._readers[instance] = self._spawn(self._read_stream(instance))
+
+    async def _read_stream(self, instance: str) -> None:
+        error = "the instance that ran the request ended its stream"
+        try:
+            async for data in self._calls.stream(self._ingress, instance=instance):
+                self._dispatch(self._decoder.decode(data), instance)
+        except Exception as failure:
+            logger.warning("the stream of instance %s broke: %s", instance, failure)
+            error = f"the instance that ran the request is gone: {failure}"
+            self._fail(instance, error)
+        finally:
+            del self._readers[instance]
+        # The router closes an idle stream; a request may have been accepted there at the same moment.
+        if instance in self._instances.values():
+            self._read(instance)
+
+    def _dispatch(self, message: StepMessage, instance: str) -> None:
+        strays = []
+        for chunk in message.chunks:
+            queue = self._queues.get(chunk.request_id)
+            if queue is not None:
+                queue.put_nowait(chunk)
+            elif chunk.finish_reason is None:
+                strays.append(chunk.request_id)
+            if chunk.finish_reason is not None:
+                self._queues.pop(chunk.request_id, None)
+                self._instances.pop(chunk.request_id, None)
+        if strays:
+            # Cancelled before its instance was known.
+            self._spawn(self._abort(strays, instance))
+
+    def _fail(self, instance: str, error: str) -> None:
+        for request_id in [key for key, value in self._instances.items() if value == instance]:
+            del self._instances[request_id]
+            queue = self._queues.pop(request_id, None)
+            if queue is not None:
+                queue.put_nowait(TokenChunk(request_id, finish_reason=FinishReason.ERROR, error=error))
+
+    async def _abort(self, request_ids: list[str], instance: str) -> None:
+        try:
+            await self._calls.abort(request_ids, instance=instance)
+        except Exception as error:
+            # The instance ends requests without a reader by itself.
+            logger.warning("could not abort %s at %s: %s", request_ids, instance, error)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        # A context of its own: Serve cancels the calls of a request with the request, and these outlive it.
+        task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

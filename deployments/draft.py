@@ -1,0 +1,145 @@
+"""The draft: an actor that proposes tokens, and the router's link to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tailserve.deployments.channel import Channel, serve_channel
+from tailserve.deployments.process import ModelProcess
+from tailserve.engine.options import LoadOptions
+from tailserve.engine.speculation.drafter import DraftModel, DraftResult, DraftWork
+from tailserve.engine.speculation.ngram import NgramDrafter
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+"""Pause between attempts to bring a draft back."""
+
+
+class DraftOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What kind of draft to run."""
+
+    load: LoadOptions | None = None
+    """`LoadOptions` of a draft model; None looks n-grams up."""
+    max_num_batched_tokens: int = 512
+    verifier_vocab_size: int = 0
+
+
+class DraftActor:
+    """Keeps rows of tokens and proposes how they go on."""
+
+    def load(self, options: DraftOptions) -> None:
+        """Loads the draft model, if it is one. ConfigError if its vocabulary is not the verifier's."""
+        self._drafter: DraftModel = NgramDrafter()
+        if options.load is None:
+            return
+        # The router that defines this actor imports no torch.
+        from tailserve.engine.errors import ConfigError
+        from tailserve.engine.model.draft import ModelDrafter
+        from tailserve.engine.model.loading import load_model
+
+        model, info = load_model(options.load)
+        if info.vocab_size != options.verifier_vocab_size:
+            raise ConfigError(
+                f"the draft model has {info.vocab_size} tokens, the verifier {options.verifier_vocab_size}: use a draft of "
+                "the same vocabulary, or ngram",
+                param="draft_model",
+            )
+        self._drafter = ModelDrafter(
+            model, max_num_batched_tokens=options.max_num_batched_tokens, max_model_len=info.max_model_len
+        )
+
+    def serve(self, endpoint: str) -> None:
+        """Answers work with drafts until the router is gone."""
+        parent = os.getppid()
+        serve_channel(endpoint, DraftWork, self._drafter.run, parent_alive=lambda: os.getppid() == parent)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class DraftLink:
+    """`tailserve.engine.speculation.drafter.Drafter` over a draft process.
+
+    A draft that dies or hangs is started again by a thread of its own; until it is back there are no drafts.
+    """
+
+    def __init__(
+        self, options: DraftOptions, *, directory: Path, bundle_index: int = 2, actor_options: dict[str, Any], hang_s: float
+    ) -> None:
+        self.process: ModelProcess[DraftWork, DraftResult] = ModelProcess(
+            "draft",
+            DraftActor,
+            load_options=options,
+            incoming=DraftResult,
+            directory=directory,
+            bundle_index=bundle_index,
+            actor_options=actor_options,
+        )
+        self.incarnation = 0
+        self._hang_s = hang_s
+        self._up = False
+        self._asked_at = 0.0
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Starts the draft; raises what its loading raises."""
+        self.process.start()
+        self._come_up()
+
+    def send(self, work: DraftWork) -> bool:
+        channel = self._live_channel()
+        if channel is None or not channel.send(work):
+            return False
+        self._asked_at = time.monotonic()
+        return True
+
+    def receive(self, step: int, timeout_s: float) -> DraftResult | None:
+        deadline = time.monotonic() + timeout_s
+        while (channel := self._live_channel()) is not None:
+            result: DraftResult | None = channel.receive(max(deadline - time.monotonic(), 0.0))
+            if result is None:
+                if time.monotonic() - self._asked_at > self._hang_s:
+                    self._go_down("hangs")
+                return None
+            if result.step == step:
+                return result
+        return None
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.process.kill()
+
+    def _live_channel(self) -> Channel[DraftWork, DraftResult] | None:
+        if self._up and self.process.ended:
+            self._go_down("ended")
+        return self.process.channel if self._up else None
+
+    def _go_down(self, what: str) -> None:
+        logger.error("the draft process %s; serving goes on without it until it is back", what)
+        self._up = False
+        self.incarnation += 1
+        threading.Thread(target=self._bring_back, name="draft-restart", daemon=True).start()
+
+    def _bring_back(self) -> None:
+        while not self._stopped.is_set():
+            self.process.kill()
+            try:
+                self.process.start()
+            except Exception:
+                logger.exception("the draft could not be restarted; next attempt in %g s", RETRY_S)
+                self._stopped.wait(RETRY_S)
+            else:
+                self._come_up()
+                return
+
+    def _come_up(self) -> None:
+        self.incarnation += 1
+        self._up = True

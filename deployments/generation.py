@@ -1,0 +1,132 @@
+"""From chunks of tokens to pieces of text: what a response is made of, whatever its format."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from tailserve.deployments.client import RouterClient
+from tailserve.deployments.text import Detokenizer, StopStrings, TextModel
+from tailserve.engine.errors import InternalError
+from tailserve.engine.types import FinishReason, Request, TokenChunk, TokenLogprob, Usage
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to one choice."""
+
+    index: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class Choice:
+    """One of a response's sequences as it grows."""
+
+    index: int
+    request: Request
+    detokenizer: Detokenizer
+    stops: StopStrings
+    num_tokens: int = 0
+    finished: bool = False
+    usage: Usage = field(default_factory=Usage)
+
+    def take(self, chunk: TokenChunk) -> Piece | None:
+        """The piece a chunk adds; None if it adds nothing to show."""
+        self.num_tokens += len(chunk.token_ids)
+        final = chunk.finish_reason is not None
+        self.usage = chunk.usage
+        # A stop token is not part of the answer.
+        shown = chunk.token_ids[:-1] if chunk.finish_reason is FinishReason.STOP else chunk.token_ids
+        text, stop = self.stops.push(self.detokenizer.push(shown, final=final), final=final)
+        logprobs = (chunk.logprobs or ())[: len(shown)]
+        if stop is not None:
+            self.finished = True
+            return Piece(self.index, text, logprobs, FinishReason.STOP, stop)
+        self.finished = final
+        if not text and not final and not logprobs:
+            return None
+        return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason)
+
+
+class Generation:
+    """All sequences of one HTTP request. Leaving it, however, ends what still runs."""
+
+    def __init__(self, client: RouterClient, text: TextModel, requests: list[Request], stops: list[str]) -> None:
+        self._client = client
+        self._queue: asyncio.Queue[TokenChunk] = asyncio.Queue()
+        self.choices = [
+            Choice(index, request, Detokenizer(text.decode), StopStrings(stops)) for index, request in enumerate(requests)
+        ]
+        self.on_close: Callable[[], None] | None = None
+
+    async def start(self) -> None:
+        """Places all sequences. If one is refused, none runs."""
+        try:
+            for choice in self.choices:
+                await self._client.submit(choice.request, self._queue)
+        except BaseException:
+            self.close()
+            raise
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Pieces as they are made, of all choices, until all have ended.
+
+        InternalError if one cannot be completed.
+        """
+        by_id = {choice.request.id: choice for choice in self.choices}
+        open_choices = len(by_id)
+        try:
+            while open_choices:
+                chunk = await self._queue.get()
+                choice = by_id[chunk.request_id]
+                if choice.finished:
+                    continue
+                if chunk.finish_reason is FinishReason.ERROR:
+                    raise InternalError(chunk.error or "the request could not be completed")
+                piece = choice.take(chunk)
+                if choice.finished:
+                    open_choices -= 1
+                    if chunk.finish_reason is None:
+                        self._client.cancel(chunk.request_id)
+                if piece is not None:
+                    yield piece
+        finally:
+            self.close()
+
+    def abort(self) -> None:
+        """Ends the sequences that still run; the response ends with finish reason "abort"."""
+        for choice in self.choices:
+            if not choice.finished:
+                self._client.cancel(choice.request.id)
+                self._queue.put_nowait(TokenChunk(choice.request.id, finish_reason=FinishReason.ABORT, usage=choice.usage))
+
+    def close(self) -> None:
+        """Nobody reads any more: ends what still runs."""
+        for choice in self.choices:
+            if not choice.finished:
+                choice.finished = True
+                self._client.cancel(choice.request.id)
+        if self.on_close is not None:
+            self.on_close()
+            self.on_close = None
+
+    def usage(self) -> dict[str, object]:
+        """The `usage` object of the response so far."""
+        prompts = {choice.request.prompt_token_ids: choice.usage.cached_tokens for choice in reversed(self.choices)}
+        num_prompt = sum(len(prompt) for prompt in prompts)
+        num_output = sum(choice.num_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": sum(prompts.values())},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(choice.usage.accepted_draft_tokens for choice in self.choices),
+                "rejected_prediction_tokens": sum(choice.usage.rejected_draft_tokens for choice in self.choices),
+            },
+        }

@@ -1,0 +1,136 @@
+"""The engine's thread: takes requests in, steps, and publishes tokens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from tailserve.engine.engine import Engine
+from tailserve.engine.errors import InvalidRequestError, NotReadyError, QueueFullError
+from tailserve.engine.stats import EngineGauges
+from tailserve.engine.types import FinishReason, Request, SloClass, TokenChunk
+
+logger = logging.getLogger(__name__)
+
+Publish = Callable[[Mapping[str, list[TokenChunk]], EngineGauges], None]
+
+
+class EngineLoop:
+    """Runs an engine in a thread of its own. The other methods may be called from any thread.
+
+    Requests and aborts wait in an inbox until the step under way has ended.
+    """
+
+    def __init__(self, engine: Engine, classes: tuple[SloClass, ...], publish: Publish) -> None:
+        self._engine = engine
+        self._classes = {slo.name: slo for slo in classes}
+        self._publish = publish
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._requests: list[tuple[Request, float]] = []
+        self._aborts: list[str] = []
+        self._abort_ingresses: list[str] = []
+        self._queued: Counter[str] = Counter()
+        """Class to requests that wait for their first slot, those in the inbox included."""
+        self._stopping = False
+        self.failure: BaseException | None = None
+        self._owners: dict[str, str] = {}
+        self._idle = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, ingress: str) -> None:
+        """Accepts a request for an ingress; its tokens are published until it ends.
+
+        QueueFullError when its class has `max_queued` waiting already, NotReadyError when the engine is gone.
+        """
+        slo = self._classes.get(request.slo_class)
+        if slo is None:
+            raise InvalidRequestError(f"unknown SLO class {request.slo_class!r}", param="slo_class")
+        with self._work:
+            if self._stopping or self.failure is not None:
+                raise NotReadyError("this instance is shutting down; try again")
+            if request.id in self._owners:
+                raise InvalidRequestError(f"request id {request.id!r} is already in use", param="request_id")
+            if self._queued[slo.name] >= slo.max_queued:
+                raise QueueFullError(
+                    f"class {slo.name!r} has {slo.max_queued} requests waiting already; try again later",
+                    retry_after_s=max(1.0, slo.ttft_s),
+                )
+            self._queued[slo.name] += 1
+            self._owners[request.id] = ingress
+            self._requests.append((request, time.monotonic()))
+            self._work.notify()
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Ends requests; unknown ones are ignored, since a request may end by itself meanwhile."""
+        with self._work:
+            self._aborts += request_ids
+            self._work.notify()
+
+    def abort_ingress(self, ingress: str) -> None:
+        """Ends all requests of an ingress that is gone."""
+        with self._work:
+            self._abort_ingresses.append(ingress)
+            self._work.notify()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Whether the engine has nothing to do, waiting up to `timeout_s` for it."""
+        return self._idle.wait(timeout_s)
+
+    def stop(self) -> None:
+        """Ends the thread after the step under way; open requests end with an error."""
+        with self._work:
+            self._stopping = True
+            self._work.notify()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                self._deliver(self._engine.step())
+        except BaseException as error:
+            logger.exception("the engine stopped")
+            self.failure = error
+        self._deliver(self._engine.scheduler.fail_all("the instance stopped; the request was not completed"))
+
+    def _take_in(self) -> bool:
+        """Waits for work and moves the inbox into the engine. False when it is time to stop."""
+        with self._work:
+            while not (self._engine.has_work or self._requests or self._aborts or self._abort_ingresses or self._stopping):
+                self._idle.set()
+                self._work.wait()
+            self._idle.clear()
+            requests, self._requests = self._requests, []
+            aborts, self._aborts = self._aborts, []
+            gone, self._abort_ingresses = set(self._abort_ingresses), []
+            ended: list[TokenChunk] = []
+            for request, received in requests:
+                try:
+                    self._engine.add(_aged(request, time.monotonic() - received))
+                except InvalidRequestError as error:
+                    ended.append(TokenChunk(request.id, finish_reason=FinishReason.ERROR, error=error.message))
+            # Aborts come after additions: an abort never overtakes its request.
+            aborts += [request_id for request_id, ingress in list(self._owners.items()) if ingress in gone]
+            ended += [chunk for request_id in aborts if (chunk := self._engine.abort(request_id)) is not None]
+            self._queued = +self._engine.scheduler.residency.num_queued
+            stopping = self._stopping
+        self._deliver(ended)
+        return not stopping
+
+    def _deliver(self, chunks: list[TokenChunk]) -> None:
+        by_ingress: dict[str, list[TokenChunk]] = {}
+        for chunk in chunks:
+            by_ingress.setdefault(self._owners[chunk.request_id], []).append(chunk)
+            if chunk.finish_reason is not None:
+                del self._owners[chunk.request_id]
+        self._publish(by_ingress, self._engine.gauges())
+
+
+def _aged(request: Request, seconds: float) -> Request:
+    return msgspec.structs.replace(request, age_s=request.age_s + seconds)

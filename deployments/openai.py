@@ -1,0 +1,199 @@
+"""The request bodies of OpenAI's API, with the extensions that servers of open models share."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tailserve.engine.errors import InvalidRequestError
+from tailserve.engine.types import SamplingParams
+
+UNSUPPORTED = frozenset(
+    ["tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "logit_bias", "modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "repetition_detection", "echo", "suffix", "best_of"]
+)
+"""Fields of the API that are not built yet. They are refused rather than ignored."""
+
+Body = TypeVar("Body", bound=BaseModel)
+_TokenId = Annotated[int, Field(ge=0)]
+_Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text"]
+
+
+class GenerationBody(_Strict):
+    """What both completion routes take."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(default=1, ge=1, le=16)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    user: str | None = Field(default=None, max_length=256)
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    # Extensions.
+    top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    ignore_eos: bool = False
+    min_tokens: int = Field(default=0, ge=0)
+    stop_token_ids: list[_TokenId] = Field(default=[], max_length=64)
+    priority: int | None = None
+    request_id: str | None = Field(default=None, min_length=1, max_length=128)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
+    session_id: str | None = Field(default=None, min_length=1, max_length=256)
+    prompt_cache_key: str | None = Field(default=None, min_length=1, max_length=256)
+    # Accepted, without effect here.
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    safety_identifier: str | None = None
+
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    def wanted_tokens(self) -> int | None:
+        """The client's own limit on output tokens."""
+        raise NotImplementedError
+
+    def top_logprobs_count(self) -> int | None:
+        """How many alternatives to report at each token; None for no logprobs at all."""
+        raise NotImplementedError
+
+    def sampling(self, *, max_tokens: int, eos_token_ids: tuple[int, ...], vocab_size: int) -> SamplingParams:
+        """The engine's parameters; a seed is made up when the client gave none."""
+        if self.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {self.min_tokens}, above the {max_tokens} tokens this answer may have", param="min_tokens"
+            )
+        if any(token_id >= vocab_size for token_id in self.stop_token_ids):
+            raise InvalidRequestError(f"stop_token_ids must be below {vocab_size}", param="stop_token_ids")
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=secrets.randbits(64) if self.seed is None else self.seed % 2**64,
+            temperature=self.temperature,
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            min_tokens=self.min_tokens,
+            eos_token_ids=() if self.ignore_eos else eos_token_ids,
+            stop_token_ids=tuple(self.stop_token_ids),
+            logprobs=self.top_logprobs_count(),
+        )
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def top_logprobs_count(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions"""
+
+    prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]]
+    max_tokens: int | None = Field(default=16, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def top_logprobs_count(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry for each prompt: text, or token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise InvalidRequestError("prompt is empty: give text or token ids", param="prompt")
+        if isinstance(prompt[0], int):
+            return [[token for token in prompt if isinstance(token, int)]]
+        return [entry for entry in prompt if not isinstance(entry, int)]
+
+
+class TokenizeBody(_Strict):
+    """POST /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(_Strict):
+    """POST /detokenize"""
+
+    model: str | None = None
+    tokens: list[_TokenId]
+
+
+class AbortBody(_Strict):
+    """POST /abort_request"""
+
+    request_id: str = Field(min_length=1)
+
+
+def parse_body(kind: type[Body], data: Any) -> Body:
+    """Checks a decoded JSON body. InvalidRequestError names the first wrong field and what it would accept."""
+    if not isinstance(data, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    for name in data.keys() & UNSUPPORTED:
+        if data[name] is not None and name not in kind.model_fields:
+            raise InvalidRequestError(f"{name} is not supported yet", param=name, code="unsupported_parameter")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            raise InvalidRequestError(f"unknown field {field}", param=field, code="unknown_parameter") from None
+        raise InvalidRequestError(f"{field}: {problem['msg']}", param=field, code="invalid_value") from None

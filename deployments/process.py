@@ -1,0 +1,108 @@
+"""A model process as its router sees it: a Ray actor that can be started, watched, and started again."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from tailserve.deployments.channel import Channel
+
+Incoming = TypeVar("Incoming")
+Outgoing = TypeVar("Outgoing")
+
+logger = logging.getLogger(__name__)
+
+
+class ModelProcess(Generic[Outgoing, Incoming]):
+    """Owns one actor at a time, and the channel to it.
+
+    The actor class has `load(options) -> info` and `serve(endpoint)`, which returns only when it is over. Its death shows
+    at once, because the pending `serve` call fails.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        actor_class: Any,
+        *,
+        load_options: Any,
+        incoming: type[Incoming],
+        directory: Path,
+        bundle_index: int,
+        actor_options: dict[str, Any],
+    ) -> None:
+        self.name = name
+        self.channel: Channel[Outgoing, Incoming] | None = None
+        self._actor_class = actor_class
+        self.load_options = load_options
+        """What the next actor is loaded with."""
+        self._incoming = incoming
+        self._directory = directory
+        self._bundle_index = bundle_index
+        self._actor_options = actor_options
+        self._actor: Any = None
+        self._ended = threading.Event()
+        self._incarnations = itertools.count()
+
+    @property
+    def ended(self) -> bool:
+        """True once the actor has died, or before there was one."""
+        return self._actor is None or self._ended.is_set()
+
+    def start(self) -> Any:
+        """Starts an actor, waits until it has loaded, and opens a channel. Returns what `load` returned.
+
+        Whatever `load` raises is raised here: a model that cannot be served stays so.
+        """
+        begin = time.monotonic()
+        options = dict(self._actor_options)
+        group = get_current_placement_group()
+        if group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=self._bundle_index
+            )
+        # serve() keeps one thread for good; the other is for control calls.
+        actor = ray.remote(self._actor_class).options(max_concurrency=2, max_restarts=0, **options).remote()
+        self._actor = actor
+        self._ended = threading.Event()
+        try:
+            info = ray.get(actor.load.remote(self.load_options))
+        except ray.exceptions.RayTaskError as error:
+            self.kill()
+            raise error.as_instanceof_cause() from error
+        endpoint = f"ipc://{self._directory}/{self.name}-{next(self._incarnations)}"
+        self.channel = Channel(endpoint, self._incoming, bind=True)
+        actor.serve.remote(endpoint).future().add_done_callback(partial(_note_end, self.name, self._ended))
+        logger.info("%s is up after %.1f s", self.name, time.monotonic() - begin)
+        return info
+
+    def pid(self) -> int:
+        """The actor's process id, for tests and operators."""
+        pid: int = ray.get(self._actor.pid.remote(), timeout=10)
+        return pid
+
+    def kill(self) -> None:
+        """Ends the actor, whatever it is doing, and closes the channel."""
+        if self._actor is not None:
+            ray.kill(self._actor)
+            self._actor = None
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
+
+def _note_end(name: str, ended: threading.Event, future: Future[None]) -> None:
+    error = future.exception()
+    if error is not None:
+        logger.warning("the %s process ended: %s", name, error)
+    ended.set()

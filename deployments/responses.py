@@ -1,0 +1,139 @@
+"""Response bodies of the two completion routes: whole, and as server-sent events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from tailserve.deployments.generation import Generation, Piece
+from tailserve.deployments.openai import ChatBody, GenerationBody
+from tailserve.deployments.text import TextModel
+from tailserve.engine.errors import TailserveError
+from tailserve.engine.types import TokenLogprob
+
+_DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """What the pieces of one response have in common."""
+
+    id: str
+    model: str
+    body: GenerationBody
+    text: TextModel
+    slo_class: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def chat(self) -> bool:
+        return isinstance(self.body, ChatBody)
+
+    def envelope(self, choices: list[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
+        kind = "chat.completion" if self.chat else "text_completion"
+        result: dict[str, Any] = {
+            "id": self.id,
+            "object": f"{kind}.chunk" if chunk and self.chat else kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+        if self.body.service_tier is not None:
+            result["service_tier"] = self.body.service_tier
+        return result
+
+    def logprobs(self, entries: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any] | None:
+        """The `logprobs` object of a choice; `offset` is where its text begins."""
+        if self.body.top_logprobs_count() is None:
+            return None
+        if self.chat:
+            return {"content": [self._chat_logprob(entry) for entry in entries], "refusal": None}
+        tokens = [self._token(entry.token_id) for entry in entries]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [
+                {self._token(token_id): logprob for token_id, logprob in entry.top} if entry.top else None
+                for entry in entries
+            ],
+            "text_offset": offsets,
+        }
+
+    def _chat_logprob(self, entry: TokenLogprob) -> dict[str, Any]:
+        def one(token_id: int, logprob: float) -> dict[str, Any]:
+            token = self._token(token_id)
+            return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+        chosen = one(entry.token_id, entry.logprob)
+        return chosen | {"top_logprobs": [one(token_id, logprob) for token_id, logprob in entry.top]}
+
+    def _token(self, token_id: int) -> str:
+        return self.text.decode([token_id], skip_special_tokens=False)
+
+
+async def whole_response(form: ResponseFormat, generation: Generation) -> dict[str, Any]:
+    """Waits for all choices and returns the body."""
+    pieces: list[list[Piece]] = [[] for _ in generation.choices]
+    async for piece in generation.pieces():
+        pieces[piece.index].append(piece)
+    choices = []
+    for index, parts in enumerate(pieces):
+        text = "".join(part.text for part in parts)
+        last = parts[-1]
+        logprobs = [entry for part in parts for entry in part.logprobs]
+        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if form.chat else {"text": text}
+        choices.append(
+            {
+                "index": index,
+                **content,
+                "logprobs": form.logprobs(logprobs),
+                "finish_reason": last.finish_reason,
+                "stop_reason": last.stop_reason,
+            }
+        )
+    return form.envelope(choices, chunk=False) | {"usage": generation.usage()}
+
+
+async def event_stream(form: ResponseFormat, generation: Generation) -> AsyncIterator[bytes]:
+    """Server-sent events. An error after the first byte comes as an event of its own, and ends the stream."""
+    options = form.body.stream_options
+    encode = msgspec.json.encode
+    lengths = [0] * len(generation.choices)
+    if form.chat:
+        for choice in generation.choices:
+            opening = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            yield b"data: " + encode(form.envelope([opening], chunk=True)) + b"\n\n"
+    try:
+        async for piece in generation.pieces():
+            content = {"delta": {"content": piece.text} if piece.text else {}} if form.chat else {"text": piece.text}
+            entry = {
+                "index": piece.index,
+                **content,
+                "logprobs": form.logprobs(piece.logprobs, lengths[piece.index]),
+                "finish_reason": piece.finish_reason,
+                "stop_reason": piece.stop_reason,
+            }
+            lengths[piece.index] += len(piece.text)
+            event = form.envelope([entry], chunk=True)
+            if options is not None and options.continuous_usage_stats:
+                event["usage"] = generation.usage()
+            elif options is not None and options.include_usage:
+                event["usage"] = None
+            yield b"data: " + encode(event) + b"\n\n"
+    except TailserveError as error:
+        yield b"data: " + encode(
+            {"error": {"message": error.message, "type": "server_error", "param": None, "code": error.code}}
+        )
+        yield b"\n\n"
+    else:
+        if options is not None and options.include_usage:
+            yield b"data: " + encode(form.envelope([], chunk=True) | {"usage": generation.usage()}) + b"\n\n"
+    yield _DONE

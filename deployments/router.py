@@ -1,0 +1,216 @@
+"""The router: one replica is the brain of one model instance."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from ray import serve
+
+from tailserve.cluster import placement
+from tailserve.cluster.config import TailserveConfig, parse_config
+from tailserve.deployments.draft import DraftLink, DraftOptions
+from tailserve.deployments.loop import EngineLoop
+from tailserve.deployments.models import resolve_model
+from tailserve.deployments.streams import ORPHAN_S, Outboxes
+from tailserve.deployments.verifier import VerifierExecutor
+from tailserve.engine.config import EngineConfig
+from tailserve.engine.engine import Engine
+from tailserve.engine.errors import ConfigError, NotReadyError
+from tailserve.engine.options import LoadOptions
+from tailserve.engine.types import ModelInfo, Request
+
+logger = logging.getLogger(__name__)
+
+
+class Router:
+    """Starts the verifier and the draft of its instance, and owns queue, scheduler and block tables.
+
+    A replica is ready when its model is loaded. It touches token ids and block numbers only.
+    """
+
+    async def __init__(self, config: dict[str, Any]) -> None:
+        self._config = parse_config(config)
+        self._instance = serve.get_replica_context().replica_id.unique_id
+        # ipc sockets live here; mkdtemp makes it private to this user.
+        self._directory = Path(tempfile.mkdtemp(prefix="tailserve-"))
+        self._outboxes = Outboxes()
+        await asyncio.to_thread(self._start)
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    def _start(self) -> None:
+        config = self._config
+        options = load_options(config)
+        self._executor = VerifierExecutor(
+            options,
+            directory=self._directory,
+            bundle_index=placement.VERIFIER_BUNDLE,
+            actor_options=placement.verifier_actor_options(config),
+            step_timeout_s=config.timeouts.step_s,
+        )
+        self._info = self._executor.start()
+        # A restarted verifier must have the blocks that the scheduler counts on.
+        self._executor.process.load_options = msgspec.structs.replace(options, num_blocks=self._info.num_blocks)
+        self._draft = self._start_draft(options)
+        engine_config = engine_settings(config, self._info)
+        self._engine = Engine(engine_config, self._executor, self._draft)
+        self._loop = EngineLoop(self._engine, engine_config.classes, self._outboxes.publish)
+
+    def _start_draft(self, options: LoadOptions) -> DraftLink | None:
+        config = self._config
+        if not config.num_speculative_tokens:
+            return None
+        load = None
+        if config.draft_model != "ngram":
+            load = msgspec.structs.replace(
+                options, path=str(resolve_model(config.draft_model)), noise=config.draft_noise, num_blocks=None
+            )
+        link = DraftLink(
+            DraftOptions(
+                load=load,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                verifier_vocab_size=self._info.vocab_size,
+            ),
+            directory=self._directory,
+            bundle_index=placement.DRAFT_BUNDLE,
+            actor_options=placement.draft_actor_options(config),
+            hang_s=config.timeouts.draft_hang_s,
+        )
+        link.start()
+        return link
+
+    async def submit(self, request: bytes, ingress: str) -> str:
+        """Accepts an encoded `Request` and returns this instance's name, to read the stream from.
+
+        QueueFullError and InvalidRequestError as `EngineLoop.submit`.
+        """
+        decoded = msgspec.msgpack.decode(request, type=Request)
+        self._loop.submit(decoded, ingress)
+        self._outboxes.open_request(ingress)
+        return self._instance
+
+    async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
+        """Encoded `StepMessage`s for one ingress, while it has requests here."""
+        self._check_instance(instance)
+        async for data in self._outboxes.read(ingress):
+            yield data
+
+    async def abort(self, request_ids: list[str], *, instance: str) -> None:
+        """Ends requests; their streams get a last chunk."""
+        self._check_instance(instance)
+        self._loop.abort(request_ids)
+
+    async def status(self, *, instance: str | None = None) -> dict[str, Any]:
+        """What this instance is, and how it does."""
+        return {
+            "instance": self._instance,
+            "model": msgspec.to_builtins(self._info),
+            "load": msgspec.to_builtins(self._engine.gauges()),
+            "stats": msgspec.to_builtins(self._engine.stats),
+        }
+
+    async def processes(self) -> dict[str, int]:
+        """Process ids of the model processes, by name."""
+        wanted = [self._executor.process] + ([self._draft.process] if self._draft else [])
+        return {process.name: await asyncio.to_thread(process.pid) for process in wanted}
+
+    async def check_idle_integrity(self, timeout_s: float) -> str | None:
+        """Waits until nothing runs, then checks that all blocks are accounted for. What is wrong, or None."""
+        if not await asyncio.to_thread(self._loop.wait_idle, timeout_s):
+            return f"still busy after {timeout_s:g} s: {self._engine.gauges()}"
+        try:
+            self._engine.check_integrity()
+        except AssertionError as error:
+            return str(error)
+        return None
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if self._loop.failure is not None:
+            raise RuntimeError("the engine stopped") from self._loop.failure
+
+    async def __del__(self) -> None:
+        self._sweeper.cancel()
+        await asyncio.to_thread(self._stop)
+
+    def _stop(self) -> None:
+        self._loop.stop()
+        if self._draft is not None:
+            self._draft.stop()
+        self._executor.stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _check_instance(self, instance: str) -> None:
+        if instance != self._instance:
+            raise NotReadyError(f"instance {instance} is gone")
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(ORPHAN_S / 2)
+            for ingress in self._outboxes.orphans():
+                logger.warning("ingress %s is gone; its requests end", ingress)
+                self._loop.abort_ingress(ingress)
+
+
+def load_options(config: TailserveConfig) -> LoadOptions:
+    """How the verifier loads its model."""
+    return LoadOptions(
+        path=str(resolve_model(config.model)),
+        dtype=config.dtype,
+        device=config.device,
+        attention_backend=config.attention_backend,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+        num_blocks=config.num_kv_blocks,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_num_seqs=config.max_num_seqs,
+        num_threads=config.cpu_threads,
+    )
+
+
+def engine_settings(config: TailserveConfig, info: ModelInfo) -> EngineConfig:
+    """The engine's configuration, once the model is known. ConfigError for sizes that cannot work together."""
+    return EngineConfig(
+        classes=config.classes(),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+        num_speculative_tokens=config.num_speculative_tokens,
+        draft_timeout_s=config.timeouts.draft_s,
+    )
+
+
+def deployment(config: TailserveConfig) -> Any:
+    """The Serve application node of `num_instances` routers."""
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={config.max_num_batched_tokens} is below max_num_seqs={config.max_num_seqs}",
+            param="max_num_batched_tokens",
+        )
+    return (
+        serve.deployment(Router)
+        .options(
+            name="Router",
+            num_replicas=config.num_instances,
+            ray_actor_options={"num_cpus": config.resources.router_cpus},
+            placement_group_bundles=placement.bundles(config),
+            placement_group_strategy=placement.STRATEGY,
+            # The engine does the queueing: Serve passes everything on. A stream counts as one call.
+            max_ongoing_requests=100_000,
+            health_check_period_s=2.0,
+            graceful_shutdown_timeout_s=60.0,
+            request_router_config={
+                "request_router_class": "tailserve.cluster.request_router:InstanceRequestRouter",
+            },
+        )
+        .bind(config.model_dump(mode="json"))
+    )

@@ -1,0 +1,207 @@
+"""What the HTTP routes do, without HTTP: from a checked body to a running generation."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+
+from tailserve.cluster.config import TailserveConfig
+from tailserve.deployments.client import RouterClient
+from tailserve.deployments.generation import Generation
+from tailserve.deployments.openai import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from tailserve.deployments.responses import ResponseFormat
+from tailserve.deployments.text import TextModel
+from tailserve.engine.errors import InvalidRequestError, NotFoundError, NotReadyError
+from tailserve.engine.sessions import sharing_scope
+from tailserve.engine.types import ModelInfo, Request, SamplingParams
+
+LONG_TEXT = 8192
+"""Characters from which tokenizing goes to a thread, so that other requests' tokens are not held up."""
+
+
+class Service:
+    """The API's logic. `model_info` is None while no instance has loaded the model."""
+
+    def __init__(self, config: TailserveConfig, text: TextModel, client: RouterClient, model: str) -> None:
+        self._config = config
+        self._classes = {slo.name: slo for slo in config.classes()}
+        self._text = text
+        self._client = client
+        self._running: dict[str, list[Generation]] = {}
+        self.model = model
+        self.model_info: ModelInfo | None = None
+
+    def ready_info(self) -> ModelInfo:
+        """The loaded model. NotReadyError before there is one."""
+        if self.model_info is None:
+            raise NotReadyError("the model is still loading; try again in a few seconds")
+        return self.model_info
+
+    async def start(self, body: ChatBody | CompletionBody, headers: Mapping[str, str]) -> tuple[ResponseFormat, Generation]:
+        """Places a request's sequences. Every way to refuse it raises before the first byte of an answer is sent."""
+        info = self.ready_info()
+        self._check_model(body.model)
+        slo_class = self._slo_class(body, headers)
+        request_id = body.request_id or headers.get("x-request-id") or uuid.uuid4().hex
+        prompts = await self._prompts(body)
+        choices = [prompt for prompt in prompts for _ in range(body.n)]
+        timeout_s = _timeout(headers)
+        session = body.session_id or headers.get("x-session-id")
+        requests = []
+        unique = uuid.uuid4().hex
+        for index, prompt in enumerate(choices):
+            sampling = self._sampling(body, prompt, info, slo_class)
+            seed = (sampling.seed + index) % 2**64
+            scope = sharing_scope(
+                session_id=session,
+                prompt_cache_key=body.prompt_cache_key,
+                user=body.user,
+                cache_salt=body.cache_salt,
+            )
+            requests.append(
+                Request(
+                    id=f"{request_id}/{unique}/{index}",
+                    prompt_token_ids=prompt,
+                    sampling=msgspec.structs.replace(sampling, seed=seed),
+                    slo_class=slo_class,
+                    # The choices of one request share their prompt, whoever else may.
+                    scope=scope or f"choices:{unique}",
+                    timeout_s=timeout_s,
+                )
+            )
+        generation = Generation(self._client, self._text, requests, body.stops())
+        await generation.start()
+        self._track(request_id, generation)
+        prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
+        return ResponseFormat(f"{prefix}-{request_id}", self.model, body, self._text, slo_class), generation
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request by the id its client knows. NotFoundError if no such request runs here."""
+        for prefix in ("chatcmpl-", "cmpl-"):
+            request_id = request_id.removeprefix(prefix)
+        if request_id not in self._running:
+            raise NotFoundError(f"no request {request_id!r} is running", param="request_id")
+        for generation in self._running[request_id]:
+            generation.abort()
+
+    async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
+        self._check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidRequestError("give either prompt or messages", param="prompt")
+        if body.messages is not None:
+            text = self._text.render_chat([message.for_template() for message in body.messages])
+            tokens = await self._encode(text, add_special_tokens=False)
+        else:
+            tokens = await self._encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": self.ready_info().max_model_len}
+
+    def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+        self._check_model(body.model)
+        vocab = self.ready_info().vocab_size
+        if any(token >= vocab for token in body.tokens):
+            raise InvalidRequestError(f"tokens must be below {vocab}", param="tokens")
+        return {"prompt": self._text.decode(body.tokens, skip_special_tokens=False)}
+
+    def models(self) -> dict[str, Any]:
+        info = self.model_info
+        entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "tailserve"}
+        return {"object": "list", "data": [entry | ({"max_model_len": info.max_model_len} if info else {})]}
+
+    @staticmethod
+    def version() -> dict[str, str]:
+        return {"version": version("tailserve")}
+
+    def _check_model(self, model: str | None) -> None:
+        if model is not None and model != self.model:
+            raise NotFoundError(
+                f"the model {model!r} is not served here; this server has {self.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _slo_class(self, body: GenerationBody, headers: Mapping[str, str]) -> str:
+        """Header, then tier, then priority."""
+        name = headers.get("x-slo-class")
+        if name is not None:
+            if name not in self._classes:
+                raise InvalidRequestError(
+                    f"X-SLO-Class is {name!r}; this server has {', '.join(self._classes)}", param="X-SLO-Class"
+                )
+            return name
+        if body.service_tier is not None:
+            return self._config.service_tiers.get(body.service_tier, self._config.default_class)
+        urgent = body.priority is not None and body.priority < 0
+        return self._config.urgent_class if urgent else self._config.default_class
+
+    async def _prompts(self, body: ChatBody | CompletionBody) -> list[tuple[int, ...]]:
+        if isinstance(body, ChatBody):
+            text = self._text.render_chat([message.for_template() for message in body.messages])
+            return [tuple(await self._encode(text, add_special_tokens=False))]
+        return [
+            tuple(await self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt)
+            for prompt in body.prompts()
+        ]
+
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        limit = self.ready_info().max_model_len
+        least = len(text) // self._text.max_token_chars
+        if least >= limit:
+            raise _too_long(f"at least {least}", limit)
+        if len(text) < LONG_TEXT:
+            return self._text.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
+
+    def _sampling(self, body: GenerationBody, prompt: tuple[int, ...], info: ModelInfo, slo_class: str) -> SamplingParams:
+        if not prompt:
+            raise InvalidRequestError("the prompt has no tokens: give some text", param="prompt")
+        if any(token_id >= info.vocab_size for token_id in prompt):
+            raise InvalidRequestError(f"prompt token ids must be below {info.vocab_size}", param="prompt")
+        room = info.max_model_len - len(prompt)
+        if room < 1:
+            raise _too_long(str(len(prompt)), info.max_model_len)
+        wanted = body.wanted_tokens()
+        limit = min(room, self._classes[slo_class].max_tokens)
+        return body.sampling(
+            max_tokens=limit if wanted is None else min(wanted, limit),
+            eos_token_ids=self._text.eos_token_ids,
+            vocab_size=info.vocab_size,
+        )
+
+    def _track(self, request_id: str, generation: Generation) -> None:
+        self._running.setdefault(request_id, []).append(generation)
+
+        def forget() -> None:
+            rest = self._running.get(request_id, [])
+            rest.remove(generation)
+            if not rest:
+                self._running.pop(request_id, None)
+
+        generation.on_close = forget
+
+
+def _too_long(num_tokens: str, limit: int) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the prompt has {num_tokens} tokens; the context holds {limit}, the answer included: shorten the prompt",
+        param="prompt",
+        code="context_length_exceeded",
+    )
+
+
+def _timeout(headers: Mapping[str, str]) -> float | None:
+    value = headers.get("x-request-timeout-seconds")
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise InvalidRequestError(
+            f"x-request-timeout-seconds is {value!r}: give a positive number", param="x-request-timeout-seconds"
+        )
+    return seconds

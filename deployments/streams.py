@@ -1,0 +1,103 @@
+"""Tokens on their way out of a router: one message per engine step and ingress."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+import msgspec
+
+from tailserve.engine.stats import EngineGauges
+from tailserve.engine.types import TokenChunk
+
+LINGER_S = 0.2
+"""A stream without requests stays open this long, so that a chat's next request finds it."""
+ORPHAN_S = 10.0
+"""Requests whose ingress never opened its stream, or lost it, are given up after this long."""
+
+
+class StepMessage(msgspec.Struct, frozen=True, array_like=True):
+    """What one step made for the requests of one ingress, and how busy the instance is."""
+
+    chunks: list[TokenChunk]
+    load: EngineGauges
+
+
+class Outbox:
+    """Messages for one ingress, in order. Lives on the event loop."""
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+        self.num_open = 0
+        """Requests of this ingress that have not ended."""
+        self.changed = asyncio.Event()
+        self.readers = 0
+        self.unread_since = asyncio.get_running_loop().time()
+
+    def put(self, data: bytes) -> None:
+        self.messages.append(data)
+        self.changed.set()
+
+
+class Outboxes:
+    """All ingresses of one router. The engine's thread publishes; streams read on the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._boxes: dict[str, Outbox] = {}
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def open_request(self, ingress: str) -> None:
+        """Counts a request of this ingress; its stream stays open until the request ends."""
+        box = self._boxes.get(ingress)
+        if box is None:
+            box = self._boxes[ingress] = Outbox()
+        box.num_open += 1
+
+    def publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: EngineGauges) -> None:
+        """Called by the engine's thread once per step: encodes each ingress's message once, and hops threads once."""
+        messages = [
+            (ingress, self._encoder.encode(StepMessage(chunks, load)), sum(c.finish_reason is not None for c in chunks))
+            for ingress, chunks in by_ingress.items()
+        ]
+        if messages:
+            self._loop.call_soon_threadsafe(self._deliver, messages)
+
+    def _deliver(self, messages: list[tuple[str, bytes, int]]) -> None:
+        for ingress, data, num_ended in messages:
+            box = self._boxes.get(ingress)
+            if box is not None:
+                box.num_open -= num_ended
+                box.put(data)
+
+    async def read(self, ingress: str) -> AsyncIterator[bytes]:
+        """The ingress's messages until it has no more requests here and `LINGER_S` has passed."""
+        box = self._boxes.get(ingress)
+        if box is None:
+            return
+        box.readers += 1
+        try:
+            while True:
+                box.changed.clear()
+                messages, box.messages = box.messages, []
+                for data in messages:
+                    yield data
+                if messages:
+                    continue
+                try:
+                    await asyncio.wait_for(box.changed.wait(), LINGER_S)
+                except TimeoutError:
+                    if box.num_open == 0 and not box.messages:
+                        self._boxes.pop(ingress, None)
+                        return
+        finally:
+            box.readers -= 1
+            box.unread_since = self._loop.time()
+
+    def orphans(self) -> list[str]:
+        """Ingresses with open requests that nobody has been reading for `ORPHAN_S`. Their boxes are dropped."""
+        now = self._loop.time()
+        lost = [ingress for ingress, box in self._boxes.items() if box.readers == 0 and now - box.unread_since > ORPHAN_S]
+        for ingress in lost:
+            del self._boxes[ingress]
+        return lost

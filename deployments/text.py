@@ -1,0 +1,155 @@
+"""Text at the edge: tokenizer, chat template, and streams of text that never split a character."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from tailserve.engine.errors import ConfigError, InvalidRequestError
+
+MAX_HELD_TOKENS = 8
+"""A character takes at most four bytes, hence tokens. Bytes that are still no character after this many never will be."""
+
+
+class TextModel:
+    """A model directory's tokenizer, template and end-of-sequence tokens, without transformers."""
+
+    def __init__(self, directory: Path) -> None:
+        if not (directory / "tokenizer.json").is_file():
+            raise ConfigError(
+                f"{directory} has no tokenizer.json: make one with transformers' AutoTokenizer.from_pretrained(...)."
+                "save_pretrained(...)",
+                param="model",
+            )
+        self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._config = _read_json(directory / "tokenizer_config.json")
+        template = directory / "chat_template.jinja"
+        self._template = template.read_text() if template.is_file() else self._config.get("chat_template")
+        self.eos_token_ids = _eos_token_ids(directory)
+
+    @cached_property
+    def max_token_chars(self) -> int:
+        """Length of the longest token: a text of n characters has at least n / this many tokens."""
+        return max(len(token) for token in self.tokenizer.get_vocab())
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt text of a conversation. InvalidRequestError with the template's own words where it refuses."""
+        try:
+            return self._compiled.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+        except TemplateError as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from None
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        found = {}
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            value = self._config.get(name)
+            if value is not None:
+                found[name] = value["content"] if isinstance(value, dict) else value
+        return found
+
+    @cached_property
+    def _compiled(self) -> Any:
+        if not isinstance(self._template, str):
+            raise InvalidRequestError("this model has no chat template: use /v1/completions", param="messages")
+        # The environment that transformers renders templates in.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return environment.from_string(self._template)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return data
+
+
+def _eos_token_ids(directory: Path) -> tuple[int, ...]:
+    for name in ("generation_config.json", "config.json"):
+        ids = _read_json(directory / name).get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()
+
+
+class Detokenizer:
+    """Turns a growing list of tokens into text, piece by piece, never splitting a character.
+
+    Decodes from a little before the last emitted token, because what a token reads as may depend on its neighbour (a space
+    in front of a word, say), and holds tokens back while their bytes are no complete character yet.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._context = 0
+        self._emitted = 0
+
+    def push(self, token_ids: Sequence[int], *, final: bool = False) -> str:
+        """The text that these tokens complete. With `final`, everything that is left."""
+        self._tokens += token_ids
+        before = self._decode(self._tokens[self._context : self._emitted])
+        text = self._decode(self._tokens[self._context :])
+        held = len(self._tokens) - self._emitted
+        if text.endswith("\ufffd") and not final and held <= MAX_HELD_TOKENS:
+            return ""
+        self._context = self._emitted
+        self._emitted = len(self._tokens)
+        return text[len(before) :]
+
+
+class StopStrings:
+    """Finds the first of several strings in streamed text, and holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str, *, final: bool = False) -> tuple[str, str | None]:
+        """What may be shown now, and the stop string that was found, if any (the text then ends before it)."""
+        if not self._stops:
+            return text, None
+        text = self._held + text
+        found = [(index, stop) for stop in self._stops if (index := text.find(stop)) >= 0]
+        if found:
+            index, stop = min(found)
+            self._held = ""
+            return text[:index], stop
+        keep = 0 if final else self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], None
+
+    def _possible_start(self, text: str) -> int:
+        longest = max(len(stop) for stop in self._stops) - 1
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0

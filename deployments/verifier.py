@@ -1,0 +1,104 @@
+"""The verifier: an actor that holds the large model, and the router's executor in front of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tailserve.deployments.channel import serve_channel
+from tailserve.deployments.process import ModelProcess
+from tailserve.engine.errors import ExecutorLostError
+from tailserve.engine.options import LoadOptions
+from tailserve.engine.types import Batch, ModelInfo, StepResult
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.05
+"""How soon a verifier's death is noticed while its answer is awaited."""
+
+
+class VerifierActor:
+    """Loads the model and runs batches. Lives in a process, and on a GPU, of its own."""
+
+    def load(self, options: LoadOptions) -> ModelInfo:
+        """Loads the model and says what the scheduler needs to know of it."""
+        # The router that defines this actor imports no torch.
+        from tailserve.engine.model.loading import load_model
+        from tailserve.engine.model.runner import ModelRunner
+
+        model, info = load_model(options)
+        self._runner = ModelRunner(model)
+        return info
+
+    def serve(self, endpoint: str) -> None:
+        """Answers batches with results until the router is gone."""
+        parent = os.getppid()
+        serve_channel(endpoint, Batch, self._runner.run, parent_alive=lambda: os.getppid() == parent)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+class VerifierExecutor:
+    """`tailserve.engine.engine.Executor` over a verifier process."""
+
+    def __init__(
+        self,
+        load_options: LoadOptions,
+        *,
+        directory: Path,
+        bundle_index: int = 1,
+        actor_options: dict[str, Any],
+        step_timeout_s: float,
+        max_restarts: int = 3,
+    ) -> None:
+        self.process: ModelProcess[Batch, StepResult] = ModelProcess(
+            "verifier",
+            VerifierActor,
+            load_options=load_options,
+            incoming=StepResult,
+            directory=directory,
+            bundle_index=bundle_index,
+            actor_options=actor_options,
+        )
+        self._step_timeout_s = step_timeout_s
+        self._max_restarts = max_restarts
+
+    def start(self) -> ModelInfo:
+        info: ModelInfo = self.process.start()
+        return info
+
+    def submit(self, batch: Batch) -> None:
+        channel = self.process.channel
+        if channel is None or self.process.ended or not channel.send(batch):
+            raise ExecutorLostError("the verifier process ended between two steps")
+
+    def poll(self) -> StepResult:
+        channel = self.process.channel
+        assert channel is not None
+        deadline = time.monotonic() + self._step_timeout_s
+        while (result := channel.receive(POLL_S)) is None:
+            if self.process.ended:
+                raise ExecutorLostError("the verifier process ended in a step")
+            if time.monotonic() > deadline:
+                raise ExecutorLostError(f"the verifier did not answer within {self._step_timeout_s:g} s")
+        return result
+
+    def restart(self) -> None:
+        for attempt in range(1, self._max_restarts + 1):
+            self.process.kill()
+            try:
+                self.process.start()
+            except ray.exceptions.RayError as error:
+                logger.error("restart %d of %d of the verifier failed: %s", attempt, self._max_restarts, error)
+            else:
+                return
+        raise ExecutorLostError(f"the verifier could not be restarted in {self._max_restarts} attempts")
+
+    def stop(self) -> None:
+        self.process.kill()

@@ -1,0 +1,30 @@
+"""How a model process loads its model. Free of torch: routers fill it in."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How to load a model. Sizes in tokens unless they say otherwise."""
+
+    path: str
+    """A local directory with a config.json and safetensors."""
+    dtype: str = "auto"
+    """auto (the checkpoint's own), bfloat16, float16 or float32."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda."""
+    attention_backend: str = "auto"
+    """auto, cpu or reference."""
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    """None: from the memory that is free on a GPU, 1 GiB on a CPU."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights and KV may take together."""
+    max_num_seqs: int = 64
+    num_threads: int | None = None
+    """CPU threads; None: all cores."""
+    noise: float = 0.0
+    """Standard deviation, relative to each weight's own, of noise added to the weights: a stand-in for a draft that
+    agrees some of the time."""
