@@ -77,7 +77,7 @@ class TailserveConfig(_Strict):
     default_class: str = "normal"
     urgent_class: str = Field(default="critical", description="class of requests with a negative integer `priority`")
     service_tiers: dict[Literal["auto", "default", "flex", "priority"], str] = Field(
-        default_factory=lambda: {"auto": "normal", "default": "normal", "flex": "normal", "priority": "critical"},
+        default={"auto": "normal", "default": "normal", "flex": "normal", "priority": "critical"},
         description="`service_tier` to class",
     )
     resources: Resources = Resources()

@@ -20,7 +20,7 @@ class Channel(Generic[Outgoing, Incoming]):
     """
 
     def __init__(self, endpoint: str, incoming: type[Incoming], *, bind: bool) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
         if bind:
             self._socket.bind(endpoint)
@@ -42,7 +42,7 @@ class Channel(Generic[Outgoing, Incoming]):
 
     def receive(self, timeout_s: float) -> Incoming | None:
         """The next message, or None after `timeout_s` seconds. msgspec.DecodeError if it is not of the declared type."""
-        if not self._socket.poll(timeout_s * 1000):
+        if not self._socket.poll(int(timeout_s * 1000)):
             return None
         return self._decoder.decode(self._socket.recv())
 

@@ -113,7 +113,7 @@ def _serve(args: argparse.Namespace) -> int:
         logger.info("shutting down")
         return 0
     finally:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Protocol
 
 import msgspec
+from ray.exceptions import RayTaskError
 
 from tailserve.deployments.streams import StepMessage
 from tailserve.engine.errors import NotReadyError, TailserveError
@@ -52,10 +53,9 @@ class ServeCalls:
     async def _call(response: Any) -> Any:
         try:
             return await response
-        except Exception as error:
-            # Ray wraps what the replica raised.
-            if isinstance(cause := getattr(error, "cause", None), TailserveError):
-                raise cause from None
+        except RayTaskError as error:
+            if isinstance(error.cause, TailserveError):
+                raise error.cause from None
             raise
 
 
@@ -108,7 +108,7 @@ class RouterClient:
         try:
             async for data in self._calls.stream(self._ingress, instance=instance):
                 self._dispatch(self._decoder.decode(data), instance)
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001 (whatever broke it, its requests must end)
             logger.warning("the stream of instance %s broke: %s", instance, failure)
             error = f"the instance that ran the request is gone: {failure}"
             self._fail(instance, error)
@@ -143,8 +143,7 @@ class RouterClient:
     async def _abort(self, request_ids: list[str], instance: str) -> None:
         try:
             await self._calls.abort(request_ids, instance=instance)
-        except Exception as error:
-            # The instance ends requests without a reader by itself.
+        except Exception as error:  # noqa: BLE001 (the instance ends requests without a reader by itself)
             logger.warning("could not abort %s at %s: %s", request_ids, instance, error)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

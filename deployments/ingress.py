@@ -187,22 +187,21 @@ class Ingress:
             try:
                 status = await self._calls.status()
                 self._service.model_info = msgspec.convert(status["model"], ModelInfo)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (until one answers, the answer is 503)
                 logger.warning("no instance answers yet: %s", error)
                 await asyncio.sleep(1.0)
 
 
 def deployment(config: TailserveConfig, router: Any) -> Any:
     """The Serve application node of `num_ingresses` ingresses in front of `router`."""
-    return (
-        serve.deployment(Ingress)
-        .options(
-            name="Ingress",
-            num_replicas=config.num_ingresses,
-            ray_actor_options={"num_cpus": config.resources.ingress_cpus},
-            # Admission is the router's: every open stream is an ongoing request here.
-            max_ongoing_requests=100_000,
-            graceful_shutdown_timeout_s=60.0,
-        )
-        .bind(config.model_dump(mode="json"), router)
+    node: Any = serve.deployment(
+        Ingress,
+        name="Ingress",
+        num_replicas=config.num_ingresses,
+        ray_actor_options={"num_cpus": config.resources.ingress_cpus},
+        # Admission is the router's: every open stream is an ongoing request here.
+        max_ongoing_requests=100_000,
+        graceful_shutdown_timeout_s=60.0,
+        logging_config={"enable_access_log": False},
     )
+    return node.bind(config.model_dump(mode="json"), router)

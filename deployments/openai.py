@@ -11,7 +11,24 @@ from tailserve.engine.errors import InvalidRequestError
 from tailserve.engine.types import SamplingParams
 
 UNSUPPORTED = frozenset(
-    ["tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "logit_bias", "modalities", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options", "repetition_detection", "echo", "suffix", "best_of"]
+    [
+        "tools",
+        "tool_choice",
+        "functions",
+        "function_call",
+        "parallel_tool_calls",
+        "logit_bias",
+        "modalities",
+        "audio",
+        "prediction",
+        "reasoning_effort",
+        "verbosity",
+        "web_search_options",
+        "repetition_detection",
+        "echo",
+        "suffix",
+        "best_of",
+    ]
 )
 """Fields of the API that are not built yet. They are refused rather than ignored."""
 

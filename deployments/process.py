@@ -79,7 +79,7 @@ class ModelProcess(Generic[Outgoing, Incoming]):
             info = ray.get(actor.load.remote(self.load_options))
         except ray.exceptions.RayTaskError as error:
             self.kill()
-            raise error.as_instanceof_cause() from error
+            raise error.as_instanceof_cause() from error  # type: ignore[no-untyped-call]
         endpoint = f"ipc://{self._directory}/{self.name}-{next(self._incarnations)}"
         self.channel = Channel(endpoint, self._incoming, bind=True)
         actor.serve.remote(endpoint).future().add_done_callback(partial(_note_end, self.name, self._ended))

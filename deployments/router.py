@@ -35,7 +35,7 @@ class Router:
     A replica is ready when its model is loaded. It touches token ids and block numbers only.
     """
 
-    async def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._config = parse_config(config)
         self._instance = serve.get_replica_context().replica_id.unique_id
         # ipc sockets live here; mkdtemp makes it private to this user.
@@ -196,21 +196,20 @@ def deployment(config: TailserveConfig) -> Any:
             f"max_num_batched_tokens={config.max_num_batched_tokens} is below max_num_seqs={config.max_num_seqs}",
             param="max_num_batched_tokens",
         )
-    return (
-        serve.deployment(Router)
-        .options(
-            name="Router",
-            num_replicas=config.num_instances,
-            ray_actor_options={"num_cpus": config.resources.router_cpus},
-            placement_group_bundles=placement.bundles(config),
-            placement_group_strategy=placement.STRATEGY,
-            # The engine does the queueing: Serve passes everything on. A stream counts as one call.
-            max_ongoing_requests=100_000,
-            health_check_period_s=2.0,
-            graceful_shutdown_timeout_s=60.0,
-            request_router_config={
-                "request_router_class": "tailserve.cluster.request_router:InstanceRequestRouter",
-            },
-        )
-        .bind(config.model_dump(mode="json"))
+    node: Any = serve.deployment(
+        Router,
+        name="Router",
+        num_replicas=config.num_instances,
+        ray_actor_options={"num_cpus": config.resources.router_cpus},
+        placement_group_bundles=placement.bundles(config),
+        placement_group_strategy=placement.STRATEGY,
+        # The engine does the queueing: Serve passes everything on. A stream counts as one call.
+        max_ongoing_requests=100_000,
+        health_check_period_s=2.0,
+        graceful_shutdown_timeout_s=60.0,
+        request_router_config={
+            "request_router_class": "tailserve.cluster.request_router:InstanceRequestRouter",
+        },
+        logging_config={"enable_access_log": False},
     )
+    return node.bind(config.model_dump(mode="json"))

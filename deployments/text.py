@@ -52,11 +52,12 @@ class TextModel:
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         """The prompt text of a conversation. InvalidRequestError with the template's own words where it refuses."""
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            text: str = self._compiled.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
         except TemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from None
+        return text
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:

@@ -19,11 +19,8 @@ def sharing_scope(
     a salt divides it further. Where there are no tenants (no API keys), a request that names nothing shares nothing, so
     that strangers cannot probe each other's prompts by timing.
     """
-    for kind, value in (("session", session_id), ("key", prompt_cache_key), ("user", user)):
-        if value is not None:
-            break
-    else:
-        kind, value = "tenant", ""
-        if not tenant and cache_salt is None:
-            return None
-    return msgspec.json.encode((tenant, kind, value, cache_salt)).decode()
+    owners = (("session", session_id), ("key", prompt_cache_key), ("user", user))
+    owner = next(((kind, value) for kind, value in owners if value is not None), None)
+    if owner is None and not tenant and cache_salt is None:
+        return None
+    return msgspec.json.encode((tenant, owner, cache_salt)).decode()

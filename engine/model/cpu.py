@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import numba
 import numpy as np
@@ -20,7 +19,7 @@ KERNEL_QUERIES = 16
 _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
 
-@numba.njit(fastmath=_FASTMATH, cache=True, inline="always")  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=_FASTMATH, cache=True, inline="always")
 def _load(tile, source, count, is_bfloat16):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Converts the first `count` rows of a block [size, head_dim] to float32. bfloat16 comes as its bits."""
     if is_bfloat16:
@@ -34,7 +33,7 @@ def _load(tile, source, count, is_bfloat16):  # type: ignore[no-untyped-def]  # 
                 tile[j, d] = source[j, d]
 
 
-@numba.njit(parallel=True, fastmath=_FASTMATH, cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=_FASTMATH, cache=True, nogil=True)
 def _kernel(  # type: ignore[no-untyped-def]  # pragma: no cover
     out, query, keys, values, chosen, query_starts, context_lens, tables, scaling, window, softcap, sinks, is_bfloat16
 ):
@@ -66,7 +65,7 @@ def _kernel(  # type: ignore[no-untyped-def]  # pragma: no cover
                         dot = softcap * np.float32(math.tanh(dot / softcap))
                     key = b * size + j
                     if key > position or (window > 0 and key <= position - window):
-                        dot = -np.inf
+                        dot = np.float32(-np.inf)
                     scores[r, (b - first) * size + j] = dot
         width = context - first * size
         acc = np.zeros((rows, head_dim), np.float32)
@@ -103,7 +102,8 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self, num_threads: int | None = None) -> None:
-        self._num_threads = min(num_threads or os.cpu_count() or 1, numba.config.NUMBA_NUM_THREADS)
+        limit: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+        self._num_threads = min(num_threads or limit, limit)
 
     def attend(
         self, query: torch.Tensor, cache: KVCache, layer: int, sequences: PackedSequences, options: Options

@@ -25,7 +25,7 @@ class PrepackedLinear(nn.Module):
 
 def prepack(model: nn.Module) -> int:
     """Replaces the linear layers of a CPU model whose type gains from it; returns how many. The plain weights go."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
     found = [
         (parent, name, child)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -30,14 +31,17 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     packed batch.
     """
     device = resolve_device(options.device)
-    if device.type == "cpu" and options.num_threads is not None:
-        torch.set_num_threads(options.num_threads)
+    if device.type == "cpu":
+        # Ray gives actors OMP_NUM_THREADS by their logical CPUs, which say nothing about the machine.
+        torch.set_num_threads(options.num_threads or os.cpu_count() or 1)
     config = AutoConfig.from_pretrained(options.path)
     text = config.get_text_config(decoder=True)
     max_model_len = _max_model_len(options, text)
     refuse_unsupported(config, max_model_len)
     dtype = _dtype(options, text)
-    model = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype, attn_implementation="eager").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype, attn_implementation="eager")
+    model.eval()  # type: ignore[no-untyped-call]
+    model.to(device)
     model.requires_grad_(False)
     if options.noise:
         _add_noise(model, options.noise)
@@ -159,4 +163,4 @@ def _add_noise(model: PreTrainedModel, scale: float) -> None:
     for weight in model.parameters():
         if weight.ndim > 1:
             noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-            weight += (noise * weight.float().std() * scale).to(weight.dtype)
+            weight.add_((noise * weight.float().std() * scale).to(weight.dtype))

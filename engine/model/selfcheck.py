@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -70,7 +71,7 @@ def _probes(model: PreTrainedModel) -> list[list[int]]:
 @contextmanager
 def _short_windows(model: PreTrainedModel) -> Iterator[None]:
     config = model.config.get_text_config(decoder=True)
-    owners = [owner for owner in (config, *model.modules()) if isinstance(getattr(owner, "sliding_window", None), int)]
+    owners: list[Any] = [o for o in (config, *model.modules()) if isinstance(getattr(o, "sliding_window", None), int)]
     windows = [owner.sliding_window for owner in owners]
     for owner in owners:
         owner.sliding_window = WINDOW

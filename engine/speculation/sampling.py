@@ -54,7 +54,7 @@ def apply_penalties(
     """
     vocab = logits.shape[-1]
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor([*prompt_ids, *output_ids], device=logits.device).unique()
+        seen = torch.tensor(sorted({*prompt_ids, *output_ids}), device=logits.device)
         scores = logits[seen]
         logits[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
     if output_ids and (params.presence_penalty or params.frequency_penalty):
