@@ -41,7 +41,7 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     dtype = _dtype(options, text)
     model = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype, attn_implementation="eager")
     model.eval()  # type: ignore[no-untyped-call]
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]
     model.requires_grad_(False)
     if options.noise:
         _add_noise(model, options.noise)

@@ -41,6 +41,10 @@ class FakeExecutor:
         self.fail_next = 0
         self.restarts = 0
 
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
     def submit(self, batch: Batch) -> None:
         self._pending = batch
         self.batches.append(batch)

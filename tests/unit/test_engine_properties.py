@@ -1,0 +1,71 @@
+"""Random schedules of everything that can happen to an engine; whatever the order, nothing is lost and nothing leaks."""
+
+from __future__ import annotations
+
+from fakes import Answers, FakeExecutor, InlineDrafter, engine_config, expected_answer, make_request, run_to_end
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tailserve.engine.engine import Engine
+from tailserve.engine.types import FinishReason
+
+# Few distinct beginnings and round lengths, so that prefixes are shared.
+_prompts = st.builds(lambda seed, length: [(seed * n) % 6 for n in range(length)], st.integers(1, 2), st.integers(1, 40))
+_add = st.tuples(
+    st.just("add"),
+    _prompts,
+    st.integers(1, 20),
+    st.sampled_from(["critical", "normal"]),
+    st.sampled_from([None, "a", "b"]),
+    st.sampled_from([None, None, 3.0, 12.0]),
+)
+_other = st.tuples(st.sampled_from(["step", "step", "step", "abort", "wait", "crash", "draft dies", "draft returns", "mute"]))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    actions=st.lists(st.one_of(_add, _other), min_size=10, max_size=80),
+    drafts=st.booleans(),
+    caching=st.booleans(),
+    num_blocks=st.integers(16, 40),
+)
+def test_any_schedule(actions: list[tuple], drafts: bool, caching: bool, num_blocks: int) -> None:  # type: ignore[type-arg]
+    config = engine_config(
+        num_blocks=num_blocks, enable_prefix_caching=caching, num_speculative_tokens=3, max_num_batched_tokens=16
+    )
+    now = 0.0
+    executor, drafter = FakeExecutor(config), InlineDrafter()
+    engine = Engine(config, executor, drafter if drafts else None, clock=lambda: now)
+    answers, requests = Answers(), {}
+    for action in actions:
+        match action[0]:
+            case "add":
+                _, prompt, max_tokens, slo_class, scope, timeout_s = action
+                request = make_request(prompt, max_tokens=max_tokens, slo_class=slo_class, scope=scope, timeout_s=timeout_s)
+                requests[request.id] = request
+                engine.add(request)
+            case "step":
+                answers.take(engine.step())
+            case "abort" if requests:
+                chunk = engine.abort(list(requests)[len(requests) // 2])
+                answers.take([chunk] if chunk else [])
+            case "wait":
+                now += 2.0
+            case "crash":
+                executor.fail_next = 1
+            case "draft dies":
+                drafter.dead = True
+            case "draft returns":
+                drafter.restart()
+            case "mute":
+                drafter.mute = not drafter.mute
+        engine.check_integrity()
+    run_to_end(engine, answers)
+    engine.check_integrity()
+    assert executor.num_rows == 0, "the verifier keeps rows of sequences that ended"
+    assert engine.gauges().kv_cache_usage == 0.0
+    assert answers.ends.keys() == requests.keys()
+    for request_id, end in answers.ends.items():
+        request, tokens = requests[request_id], answers.tokens.get(request_id, [])
+        assert tokens == expected_answer(request.prompt_token_ids, len(tokens))
+        if end.finish_reason is FinishReason.LENGTH and end.stop_reason is None:
+            assert len(tokens) == min(request.sampling.max_tokens, 64 - len(request.prompt_token_ids))
