@@ -18,7 +18,9 @@ _add = st.tuples(
     st.sampled_from([None, "a", "b"]),
     st.sampled_from([None, None, 3.0, 12.0]),
 )
-_other = st.tuples(st.sampled_from(["step", "step", "step", "abort", "wait", "crash", "draft dies", "draft returns", "mute"]))
+_other = st.tuples(
+    st.sampled_from(["step", "step", "step", "abort", "wait", "crash", "draft dies", "draft returns", "mute"])
+)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -1,0 +1,99 @@
+"""The whole engine in one process: real models, no Ray, no channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tailserve.engine.engine import Engine
+from tailserve.engine.model.draft import ModelDrafter
+from tailserve.engine.model.loading import load_model
+from tailserve.engine.model.paged import PagedModel
+from tailserve.engine.model.runner import ModelRunner
+from tailserve.engine.options import LoadOptions
+from tailserve.engine.speculation.drafter import DraftModel, DraftResult, DraftWork
+from tailserve.engine.speculation.ngram import NgramDrafter
+from tailserve.engine.types import Batch, ModelInfo, StepResult
+
+from fakes import engine_config
+
+
+class LocalExecutor:
+    def __init__(self, model: PagedModel) -> None:
+        self._model = model
+        self.restart()
+
+    def submit(self, batch: Batch) -> None:
+        self._result = self._runner.run(batch)
+
+    def poll(self) -> StepResult:
+        return self._result
+
+    def restart(self) -> None:
+        self._runner = ModelRunner(self._model)
+
+
+class LocalDrafter:
+    incarnation = 0
+
+    def __init__(self, model: DraftModel) -> None:
+        self._model = model
+
+    def send(self, work: DraftWork) -> bool:
+        self._result = self._model.run(work)
+        return True
+
+    def receive(self, step: int, timeout_s: float) -> DraftResult | None:
+        return self._result
+
+
+class Models:
+    """Loads models once and makes engines over them."""
+
+    def __init__(self, path: str, **options: object) -> None:
+        self.path = path
+        self.options = options
+        self.paged, self.info = self._load()
+        self._drafts: dict[float, tuple[PagedModel, ModelInfo]] = {}
+
+    def engine(self, draft: str | float = "none", **config: object) -> Engine:
+        """`draft`: none, ngram, or a draft model: the verifier's weights with that much noise."""
+        settings = engine_config(
+            **(
+                {
+                    "max_model_len": self.info.max_model_len,
+                    "num_blocks": self.info.num_blocks,
+                    "block_size": self.info.block_size,
+                    "max_num_seqs": 32,
+                    "max_num_batched_tokens": 128,
+                    "num_speculative_tokens": 0 if draft == "none" else 3,
+                }
+                | config
+            )
+        )
+        return Engine(settings, LocalExecutor(self.paged), self._drafter(draft))
+
+    def _drafter(self, draft: str | float) -> LocalDrafter | None:
+        if draft == "none":
+            return None
+        if draft == "ngram":
+            return LocalDrafter(NgramDrafter())
+        assert isinstance(draft, float)
+        if draft not in self._drafts:
+            self._drafts[draft] = self._load(noise=draft)
+        model, info = self._drafts[draft]
+        return LocalDrafter(ModelDrafter(model, max_num_batched_tokens=64, max_model_len=info.max_model_len))
+
+    def _load(self, **more: object) -> tuple[PagedModel, ModelInfo]:
+        return load_model(LoadOptions(path=self.path, dtype="float32", **(self.options | more)))  # type: ignore[arg-type]
+
+
+def prompts(count: int, vocab: int, *, longest: int = 60) -> Iterator[list[int]]:
+    """Varied prompts: short and long, random and repetitive."""
+    import random
+
+    source = random.Random(7)
+    for index in range(count):
+        length = source.randint(1, longest)
+        period = source.randint(2, 6) if index % 3 == 0 else length
+        base = [source.randrange(3, vocab) for _ in range(period)]
+        yield [base[position % period] for position in range(length)]

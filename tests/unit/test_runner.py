@@ -1,0 +1,182 @@
+"""What must not depend on anything but the request: its tokens. On a tiny real model in float32."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+import transformers
+from conftest import TINY, save_model
+from fakes import Answers, make_request, run_to_end
+from local import Models, prompts
+from tailserve.engine.types import Request
+
+PROMPTS = list(prompts(12, TINY["vocab_size"]))
+DRAFTS = ["ngram", 0.0, 0.3, 10.0]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_llama: str) -> Models:
+    return Models(tiny_llama, num_blocks=200, block_size=8)
+
+
+def requests(**fields: object) -> list[Request]:
+    return [
+        make_request(prompt, id=f"p{n}", max_tokens=20 + n, **({"temperature": 1.0, "seed": n, "scope": "all"} | fields))
+        for n, prompt in enumerate(PROMPTS)
+    ]
+
+
+def alone(models: Models, wanted: list[Request]) -> dict[str, list[int]]:
+    tokens = {}
+    for request in wanted:
+        engine = models.engine(enable_prefix_caching=False)
+        engine.add(request)
+        tokens |= run_to_end(engine).tokens
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(models: Models) -> dict[str, list[int]]:
+    return alone(models, requests())
+
+
+def test_greedy_equals_transformers_generate(models: Models) -> None:
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(models.path, dtype=torch.float32)
+    oracle.generation_config.eos_token_id = None  # answers of full length
+    tokens = alone(models, requests(temperature=0.0))
+    for request in requests():
+        prompt = list(request.prompt_token_ids)
+        config = transformers.GenerationConfig(max_new_tokens=request.sampling.max_tokens, do_sample=False, pad_token_id=0)
+        answer = oracle.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=config)
+        assert tokens[request.id] == answer[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("draft", ["none", *DRAFTS])
+@pytest.mark.parametrize("caching", [True, False])
+def test_sampled_tokens_depend_on_the_request_alone(
+    models: Models, sampled_alone: dict[str, list[int]], draft: str | float, caching: bool
+) -> None:
+    """In a batch or alone, with any draft or none, with the prefix cache or without, in chunks or whole."""
+    engine = models.engine(draft, enable_prefix_caching=caching, max_num_batched_tokens=48)
+    for request in requests():
+        engine.add(request)
+    assert run_to_end(engine).tokens == sampled_alone
+    engine.check_integrity()
+    if draft == 0.0:
+        assert engine.stats.accepted_draft_tokens > 0
+
+
+@pytest.mark.parametrize("draft", DRAFTS)
+def test_penalties_see_the_draft(models: Models, draft: str | float) -> None:
+    wanted = requests(
+        repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5, min_tokens=5, eos_token_ids=(2, 9)
+    )
+    engine = models.engine(draft)
+    for request in wanted:
+        engine.add(request)
+    assert run_to_end(engine).tokens == alone(models, wanted)
+
+
+def test_a_draft_of_the_same_weights_always_agrees(models: Models) -> None:
+    engine = models.engine(0.0)
+    for request in requests(temperature=0.0):
+        engine.add(request)
+    run_to_end(engine)
+    assert engine.stats.draft_tokens > 100
+    assert engine.stats.accepted_draft_tokens == engine.stats.draft_tokens
+
+
+def test_preempted_and_resumed_equals_uninterrupted(models: Models, sampled_alone: dict[str, list[int]]) -> None:
+    engine = models.engine("ngram", max_num_seqs=4, num_blocks=40, max_model_len=128)
+    answers = Answers()
+    for n, request in enumerate(requests()):
+        engine.add(request)
+        engine.add(make_request(PROMPTS[n], slo_class="critical", max_tokens=4))
+        for _ in range(3):
+            answers.take(engine.step())
+    run_to_end(engine, answers)
+    assert engine.stats.preemptions > 5
+    assert {key: answers.tokens[key] for key in sampled_alone} == sampled_alone
+    engine.check_integrity()
+
+
+def test_logprobs_do_not_depend_on_the_draft(models: Models) -> None:
+    collected = []
+    for draft in ("none", 0.3):
+        engine = models.engine(draft)
+        request = make_request(PROMPTS[0], id="p", max_tokens=12, logprobs=3, temperature=0.7)
+        engine.add(request)
+        chunks = []
+        while engine.has_work:
+            chunks += engine.step()
+        collected.append([entry for chunk in chunks for entry in chunk.logprobs or ()])
+        assert [entry.token_id for entry in collected[-1]] == [token for chunk in chunks for token in chunk.token_ids]
+    for plain, drafted in zip(*collected, strict=True):
+        assert plain.token_id == drafted.token_id
+        assert plain.logprob == pytest.approx(drafted.logprob, abs=1e-4)
+        assert len(plain.top) == 3
+
+
+@pytest.mark.parametrize("draft", ["none", 0.3])
+def test_three_tokens_follow_the_exact_distribution(draft: str | float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """4,000 seeds on a model of 6 tokens, against all 216 answers and their probabilities.
+
+    The statistic is chi-square over answers expected at least 5 times, the others pooled. Its threshold is the value that
+    a correct sampler exceeds for one choice of seeds in 100,000; the seeds are fixed, so there is no false alarm in CI.
+    """
+    config = transformers.LlamaConfig(**(TINY | {"vocab_size": 6, "pad_token_id": None}))
+    models = Models(save_model(config, tmp_path_factory.mktemp("six")), num_blocks=400, block_size=8, max_model_len=32)
+    prompt, count = [3, 1, 4], 4000
+    fields = {"temperature": 1.3, "top_k": 5, "top_p": 0.95}
+    exact = _exact(models, prompt, temperature=1.3, top_k=5, top_p=0.95)
+    engine = models.engine(draft, max_num_seqs=32)
+    for seed in range(count):
+        engine.add(make_request(prompt, id=str(seed), seed=seed, max_tokens=3, **fields))
+    seen = Counter(tuple(tokens) for tokens in run_to_end(engine, max_steps=10_000).tokens.values())
+    assert set(seen) <= set(exact)
+    common = {answer: p * count for answer, p in exact.items() if p * count >= 5}
+    rest = count - sum(common.values())
+    statistic = sum((seen[answer] - mean) ** 2 / mean for answer, mean in common.items())
+    statistic += (sum(seen.values()) - sum(seen[a] for a in common) - rest) ** 2 / max(rest, 1e-9)
+    freedom = len(common)
+    # Wilson and Hilferty's approximation of the chi-square quantile at 1 - 1e-5 (4.265 normal deviations).
+    threshold = freedom * (1 - 2 / (9 * freedom) + 4.265 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert statistic < threshold
+    if draft != "none":
+        assert engine.stats.accepted_draft_tokens > 0
+
+
+def _exact(
+    models: Models, prompt: list[int], *, temperature: float, top_k: int, top_p: float
+) -> dict[tuple[int, ...], float]:
+    """Probability of each possible answer of three tokens, from transformers' own logits and a sort."""
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(models.path, dtype=torch.float32)
+
+    def step(tokens: list[int]) -> list[float]:
+        with torch.no_grad():
+            probs = (oracle(torch.tensor([tokens])).logits[0, -1] / temperature).softmax(-1).tolist()
+        ranked = sorted(range(6), key=lambda token: -probs[token])[:top_k]
+        total = sum(probs[token] for token in ranked)
+        kept, mass = [], 0.0
+        for token in ranked:
+            if mass >= top_p * total:
+                break
+            kept.append(token)
+            mass += probs[token]
+        return [probs[token] / mass if token in kept else 0.0 for token in range(6)]
+
+    result: dict[tuple[int, ...], float] = {}
+    after: dict[tuple[int, ...], list[float]] = {}
+    for answer in product(range(6), repeat=3):
+        probability = 1.0
+        for length in range(3):
+            seen = answer[:length]
+            if seen not in after:
+                after[seen] = step(prompt + list(seen))
+            probability *= after[seen][answer[length]]
+        if probability > 0:
+            result[answer] = probability
+    return result
