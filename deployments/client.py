@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Protocol
 
 import msgspec
-from ray.exceptions import RayTaskError
 
 from tailserve.deployments.streams import StepMessage
-from tailserve.engine.errors import NotReadyError, TailserveError
+from tailserve.engine.errors import NotReadyError
 from tailserve.engine.types import FinishReason, Request, TokenChunk
 
 logger = logging.getLogger(__name__)
@@ -26,37 +25,6 @@ class RouterCalls(Protocol):
     def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]: ...
     async def abort(self, request_ids: list[str], *, instance: str) -> None: ...
     async def status(self) -> dict[str, Any]: ...
-
-
-class ServeCalls:
-    """`RouterCalls` over a Serve handle. Errors come back as the routers raised them."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def submit(self, request: bytes, ingress: str) -> str:
-        instance: str = await self._call(self._handle.submit.remote(request, ingress))
-        return instance
-
-    async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
-        async for data in self._handle.options(stream=True).stream.remote(ingress, instance=instance):
-            yield data
-
-    async def abort(self, request_ids: list[str], *, instance: str) -> None:
-        await self._call(self._handle.abort.remote(request_ids, instance=instance))
-
-    async def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = await self._call(self._handle.status.remote())
-        return status
-
-    @staticmethod
-    async def _call(response: Any) -> Any:
-        try:
-            return await response
-        except RayTaskError as error:
-            if isinstance(error.cause, TailserveError):
-                raise error.cause from None
-            raise
 
 
 class RouterClient:

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 
 from tailserve.engine.errors import ConfigError, InvalidRequestError
 
-MAX_HELD_TOKENS = 8
-"""A character takes at most four bytes, hence tokens. Bytes that are still no character after this many never will be."""
+MAX_HELD_TOKENS = 3
+"""An incomplete character has at most three bytes, hence tokens. A longer tail that is no character never will be one."""
 
 
 class TextModel:
@@ -117,14 +117,20 @@ class Detokenizer:
     def push(self, token_ids: Sequence[int], *, final: bool = False) -> str:
         """The text that these tokens complete. With `final`, everything that is left."""
         self._tokens += token_ids
+        end = len(self._tokens) - (0 if final else self._incomplete())
         before = self._decode(self._tokens[self._context : self._emitted])
-        text = self._decode(self._tokens[self._context :])
-        held = len(self._tokens) - self._emitted
-        if text.endswith("\ufffd") and not final and held <= MAX_HELD_TOKENS:
-            return ""
-        self._context = self._emitted
-        self._emitted = len(self._tokens)
+        text = self._decode(self._tokens[self._context : end])
+        if end > self._emitted:
+            self._context, self._emitted = self._emitted, end
         return text[len(before) :]
+
+    def _incomplete(self) -> int:
+        """How many tokens at the end are the beginning of a character."""
+        total = len(self._tokens)
+        for held in range(min(MAX_HELD_TOKENS, total - self._emitted) + 1):
+            if not self._decode(self._tokens[self._context : total - held]).endswith("\ufffd"):
+                return held
+        return 0 if total - self._emitted > MAX_HELD_TOKENS else total - self._emitted
 
 
 class StopStrings:

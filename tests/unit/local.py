@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fakes import engine_config
+
 from tailserve.engine.engine import Engine
 from tailserve.engine.model.draft import ModelDrafter
 from tailserve.engine.model.loading import load_model
@@ -13,8 +15,6 @@ from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import DraftModel, DraftResult, DraftWork
 from tailserve.engine.speculation.ngram import NgramDrafter
 from tailserve.engine.types import Batch, ModelInfo, StepResult
-
-from fakes import engine_config
 
 
 class LocalExecutor:

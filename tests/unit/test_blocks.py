@@ -1,4 +1,5 @@
 import pytest
+
 from tailserve.engine.blocks import BlockPool, chain_hash, root_hash
 
 

@@ -1,4 +1,5 @@
 from fakes import NORMAL, InlineDrafter, make_request
+
 from tailserve.engine.sequence import Sequence
 from tailserve.engine.speculation.coordinator import DraftCoordinator
 from tailserve.engine.speculation.drafter import DraftResult, DraftWork

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fakes import Answers, FakeExecutor, InlineDrafter, engine_config, expected_answer, make_request, run_to_end
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from tailserve.engine.engine import Engine
 from tailserve.engine.types import FinishReason
 

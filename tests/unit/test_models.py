@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, save_model
+
 from tailserve.engine.errors import ConfigError, UnsupportedModelError
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.paged import Span

@@ -11,6 +11,7 @@ import transformers
 from conftest import TINY, save_model
 from fakes import Answers, make_request, run_to_end
 from local import Models, prompts
+
 from tailserve.engine.types import Request
 
 PROMPTS = list(prompts(12, TINY["vocab_size"]))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import make_request
+
 from tailserve.engine.speculation.sampling import (
     SamplingPoint,
     apply_penalties,

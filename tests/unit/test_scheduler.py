@@ -1,5 +1,6 @@
 import pytest
 from fakes import Answers, FakeExecutor, InlineDrafter, engine_config, expected_answer, make_request, run_to_end
+
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import InvalidRequestError
 from tailserve.engine.types import FinishReason
@@ -161,9 +162,8 @@ def test_drafts_never_take_a_request_past_its_limits() -> None:
 
 
 def test_a_class_without_speculation_gets_no_drafts() -> None:
-    from msgspec.structs import replace
-
     from fakes import CRITICAL, NORMAL
+    from msgspec.structs import replace
 
     engine, executor, _ = make_engine(InlineDrafter(oracle=True), classes=(CRITICAL, replace(NORMAL, speculate=False)))
     engine.add(make_request([1, 2, 3]))

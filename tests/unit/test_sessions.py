@@ -1,4 +1,5 @@
 import pytest
+
 from tailserve.engine.sessions import sharing_scope
 
 

@@ -1,4 +1,5 @@
 from fakes import make_request
+
 from tailserve.engine.stopping import Stop, check_stop
 from tailserve.engine.types import FinishReason, SamplingParams
 

@@ -1,4 +1,5 @@
 import pytest
+
 from tailserve.engine.speculation.verify import verify
 
 

@@ -1,0 +1,78 @@
+import random
+from pathlib import Path
+
+import pytest
+from edge import write_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tailserve.deployments.text import Detokenizer, StopStrings, TextModel
+from tailserve.engine.errors import ConfigError, InvalidRequestError
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextModel:
+    return TextModel(write_tokenizer(tmp_path_factory.mktemp("text")))
+
+
+def test_characters_are_never_split(text: TextModel) -> None:
+    original = "naïve – 漢字 🙂👩‍👩‍👧 end"
+    tokens = text.encode(original, add_special_tokens=False)
+    source = random.Random(1)
+    for _ in range(50):
+        detokenizer, pieces, rest = Detokenizer(text.decode), [], list(tokens)
+        while rest:
+            size = source.randint(1, 4)
+            pieces.append(detokenizer.push(rest[:size], final=len(rest) <= size))
+            del rest[:size]
+        assert "".join(pieces) == original
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_bytes_that_never_become_a_character_are_shown_in_the_end(text: TextModel) -> None:
+    tokens = text.encode("é", add_special_tokens=False)
+    detokenizer = Detokenizer(text.decode)
+    assert detokenizer.push(tokens[:1]) == ""
+    assert detokenizer.push([], final=True) == "\ufffd"
+    detokenizer = Detokenizer(text.decode)
+    assert "".join(detokenizer.push(tokens[:1]) for _ in range(20)).startswith("\ufffd")
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.randoms())
+def test_stop_strings_are_found_wherever_the_pieces_end(text: str, stops: list[str], source: random.Random) -> None:
+    checker, shown, found, rest = StopStrings(stops), "", None, text
+    while found is None:
+        size = source.randint(1, 3)
+        piece, found = checker.push(rest[:size], final=len(rest) <= size)
+        shown += piece
+        rest = rest[size:]
+        if not rest:
+            break
+    first = min((text.find(stop) for stop in stops if stop in text), default=None)
+    if first is None:
+        assert (shown, found) == (text, None)
+    else:
+        assert found in stops
+        # A longer stop string that begins earlier may complete later; what was shown never holds a whole one.
+        assert text.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+        assert len(shown) >= first
+
+
+def test_a_possible_stop_string_is_held_back() -> None:
+    checker = StopStrings(["END"])
+    assert checker.push("the E") == ("the ", None)
+    assert checker.push("N") == ("", None)
+    assert checker.push("ough") == ("ENough", None)
+    assert checker.push("EN", final=True) == ("EN", None)
+
+
+def test_templates_are_rendered_and_may_refuse(text: TextModel) -> None:
+    assert text.render_chat([{"role": "user", "content": "hi"}]) == "<user>hi<assistant>"
+    with pytest.raises(InvalidRequestError, match="system must be first"):
+        text.render_chat([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
+
+
+def test_a_directory_without_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        TextModel(tmp_path)
