@@ -1,0 +1,88 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import engine_config
+
+from tailserve.cluster import placement
+from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
+from tailserve.deployments.cli import _parser, resolve_config
+from tailserve.engine.config import EngineConfig
+from tailserve.engine.errors import ConfigError
+
+
+def resolve(*argv: str) -> TailserveConfig:
+    return resolve_config(_parser().parse_args(["serve", *argv]))
+
+
+def test_defaults_have_the_two_classes() -> None:
+    critical, normal = parse_config({}).classes()
+    assert (critical.name, critical.ttft_s, critical.tpot_s) == ("critical", 0.5, 0.04)
+    assert (normal.name, normal.ttft_s, normal.tpot_s) == ("normal", 5.0, 0.2)
+    assert critical.priority < normal.priority
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("max_num_seqs: 7\nspeculation: 'off'\nmodel: from-file\n")
+    config = resolve("--config", str(file), "--max-num-seqs", "9")
+    assert (config.max_num_seqs, config.speculation, config.model) == (9, "off", "from-file")
+    assert resolve("my-model", "--config", str(file)).model == "my-model"
+    assert resolve("--speculation", "6").num_speculative_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ({"max_num_seq": 1}, "max_num_seq: Extra inputs"),
+        ({"slo_classes": [{"name": "a", "priority": 1}]}, "ttft_s: Field required"),
+        ({"default_class": "gold"}, "default_class is 'gold'.*critical, normal"),
+        ({"service_tiers": {"flex": "gold"}}, "service_tiers.flex is 'gold'"),
+        ({"speculation": 99}, "use auto, off, or 1 to 32"),
+        ({"speculation": "sometimes"}, "speculation"),
+        ({"slo_classes": [{"name": n, "priority": 1, "ttft_s": 1, "tpot_s": 1} for n in "aa"]}, "twice"),
+    ],
+)
+def test_what_is_wrong_is_named(data: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse_config(data)
+
+
+def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="no mapping"):
+        read_config_file(str(tmp_path / "c.yaml"))
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_config_file(str(tmp_path / "missing.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"max_num_batched_tokens": 3}, "max_num_batched_tokens"),
+        ({"num_blocks": 15}, "max_model_len"),
+        ({"classes": ()}, "slo_classes"),
+    ],
+)
+def test_engine_sizes_that_cannot_work(changes: dict[str, Any], param: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        engine_config(**changes)
+    assert caught.value.param == param
+
+
+def test_a_config_round_trips_through_serve_arguments() -> None:
+    config = parse_config({"max_num_seqs": 5})
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_bundles() -> None:
+    gpu = parse_config({"resources": {"verifier_gpus": 1, "draft_gpus": 0.5}, "draft_model": "d", "num_instances": 2})
+    assert placement.bundles(gpu) == [{"CPU": 0.25}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 0.25, "GPU": 0.5}]
+    assert placement.total_cpus(gpu) == 3.25
+    assert len(placement.bundles(parse_config({"draft_model": "none"}))) == 2
+
+
+def test_the_engine_configuration_is_frozen() -> None:
+    config: EngineConfig = engine_config()
+    with pytest.raises(AttributeError):
+        config.max_num_seqs = 1  # type: ignore[misc]
