@@ -30,6 +30,10 @@ class Channel(Generic[Outgoing, Incoming]):
         self._decoder = msgspec.msgpack.Decoder(incoming)
         self.bytes_sent = 0
 
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Whether the other side has come; a message to a pair socket without a peer is refused."""
+        return bool(self._socket.poll(int(timeout_s * 1000), zmq.POLLOUT))
+
     def send(self, message: Outgoing) -> bool:
         """Hands a message to the transport. False if the other side is gone and its queue is full."""
         data = self._encoder.encode(message)

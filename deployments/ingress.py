@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayTaskError
 
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.http import create_app
+from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.models import model_name, resolve_model
 from tailserve.deployments.service import Service
 from tailserve.deployments.text import TextModel
@@ -25,34 +25,27 @@ logger = logging.getLogger(__name__)
 
 
 class ServeCalls:
-    """`RouterCalls` over a Serve handle. Errors come back as the routers raised them."""
+    """`RouterCalls` over a Serve handle."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     async def submit(self, request: bytes, ingress: str) -> str:
-        instance: str = await self._call(self._handle.submit.remote(request, ingress))
-        return instance
+        answer: str | TailserveError = await self._handle.submit.remote(request, ingress)
+        if isinstance(answer, TailserveError):
+            raise answer
+        return answer
 
     async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
         async for data in self._handle.options(stream=True).stream.remote(ingress, instance=instance):
             yield data
 
     async def abort(self, request_ids: list[str], *, instance: str) -> None:
-        await self._call(self._handle.abort.remote(request_ids, instance=instance))
+        await self._handle.abort.remote(request_ids, instance=instance)
 
     async def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = await self._call(self._handle.status.remote())
+        status: dict[str, Any] = await self._handle.status.remote()
         return status
-
-    @staticmethod
-    async def _call(response: Any) -> Any:
-        try:
-            return await response
-        except RayTaskError as error:
-            if isinstance(error.cause, TailserveError):
-                raise error.cause from None
-            raise
 
 
 @serve.ingress()
@@ -60,6 +53,7 @@ class Ingress:
     """Stateless but for the requests that are open through it."""
 
     def __init__(self, config: dict[str, Any], router: Any) -> None:
+        log_with_serve()
         parsed = parse_config(config)
         text = TextModel(resolve_model(parsed.model))
         self._calls = ServeCalls(router)

@@ -16,11 +16,14 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tailserve.deployments.channel import Channel
+from tailserve.engine.errors import ExecutorLostError
 
 Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing")
 
 logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 30.0
 
 
 class ModelProcess(Generic[Outgoing, Incoming]):
@@ -83,7 +86,9 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         endpoint = f"ipc://{self._directory}/{self.name}-{next(self._incarnations)}"
         self.channel = Channel(endpoint, self._incoming, bind=True)
         actor.serve.remote(endpoint).future().add_done_callback(partial(_note_end, self.name, self._ended))
-        logger.info("%s is up after %.1f s", self.name, time.monotonic() - begin)
+        if not self.channel.wait_connected(CONNECT_TIMEOUT_S):
+            raise ExecutorLostError(f"the {self.name} process did not open its channel within {CONNECT_TIMEOUT_S:g} s")
+        logger.info("the %s is up after %.1f s", self.name, time.monotonic() - begin)
         return info
 
     def pid(self) -> int:

@@ -16,13 +16,14 @@ from ray import serve
 from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.draft import DraftLink, DraftOptions
+from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.loop import EngineLoop
 from tailserve.deployments.models import resolve_model
 from tailserve.deployments.streams import ORPHAN_S, Outboxes
 from tailserve.deployments.verifier import VerifierExecutor
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.engine import Engine
-from tailserve.engine.errors import ConfigError, NotReadyError
+from tailserve.engine.errors import ConfigError, NotReadyError, TailserveError
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.types import ModelInfo, Request
 
@@ -36,6 +37,7 @@ class Router:
     """
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        log_with_serve()
         self._config = parse_config(config)
         self._instance = serve.get_replica_context().replica_id.unique_id
         # ipc sockets live here; mkdtemp makes it private to this user.
@@ -85,13 +87,17 @@ class Router:
         link.start()
         return link
 
-    async def submit(self, request: bytes, ingress: str) -> str:
+    async def submit(self, request: bytes, ingress: str) -> str | TailserveError:
         """Accepts an encoded `Request` and returns this instance's name, to read the stream from.
 
-        QueueFullError and InvalidRequestError as `EngineLoop.submit`.
+        Refusals (see `EngineLoop.submit`) are returned, not raised: Serve logs a traceback for whatever a replica raises,
+        and being full is no accident.
         """
         decoded = msgspec.msgpack.decode(request, type=Request)
-        self._loop.submit(decoded, ingress)
+        try:
+            self._loop.submit(decoded, ingress)
+        except TailserveError as error:
+            return error
         self._outboxes.open_request(ingress)
         return self._instance
 

@@ -94,7 +94,7 @@ class VerifierExecutor:
             self.process.kill()
             try:
                 self.process.start()
-            except ray.exceptions.RayError as error:
+            except (ray.exceptions.RayError, ExecutorLostError) as error:
                 logger.error("restart %d of %d of the verifier failed: %s", attempt, self._max_restarts, error)
             else:
                 return

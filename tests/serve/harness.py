@@ -1,0 +1,102 @@
+"""A server under test, seen from outside and from inside."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+# A token file in the home directory would turn authentication on.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+import openai
+from ray import serve
+
+from tailserve.deployments.demo import NAME as MODEL
+
+SLOTS = 16
+CONFIG: dict[str, Any] = {
+    "dtype": "float32",
+    "max_num_seqs": SLOTS,
+    "max_model_len": 2048,
+    "timeouts": {"step_s": 20.0, "draft_hang_s": 2.0},
+    "slo_classes": [
+        {"name": "critical", "priority": 0, "ttft_s": 0.5, "tpot_s": 0.04},
+        {"name": "normal", "priority": 10, "ttft_s": 5.0, "tpot_s": 0.2},
+        {"name": "bounded", "priority": 20, "ttft_s": 5.0, "tpot_s": 0.2, "max_queued": 2},
+    ],
+}
+
+
+@dataclass
+class Server:
+    """A running deployment, seen from outside and from inside."""
+
+    url: str
+    refused_while_loading: openai.APIStatusError | None = None
+
+    def __post_init__(self) -> None:
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=120)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        """To be closed by whoever asked for it."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=120)
+
+    @property
+    def router(self) -> Any:
+        return serve.get_deployment_handle("Router", "tailserve")
+
+    async def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = await asyncio.to_thread(lambda: self.router.status.remote().result())
+        return status
+
+    async def processes(self) -> dict[str, int]:
+        pids: dict[str, int] = await asyncio.to_thread(lambda: self.router.processes.remote().result())
+        return pids
+
+    def check_idle(self) -> None:
+        """Waits until nothing runs, then checks that all blocks are accounted for."""
+        problem = self.router.check_idle_integrity.remote(60.0).result()
+        assert problem is None, problem
+
+
+async def stream_text(client: openai.AsyncOpenAI, prompt: str, **fields: Any) -> tuple[str, list[float]]:
+    """The text of a streamed completion, and when each piece came."""
+    extra = fields.pop("extra_body", {})
+    stream = await client.completions.create(
+        model=MODEL, prompt=prompt, stream=True, **({"temperature": 0.0} | fields), extra_body={"ignore_eos": True} | extra
+    )
+    text, times = "", []
+    async for chunk in stream:
+        assert chunk.choices, chunk
+        text += chunk.choices[0].text
+        times.append(time.monotonic())
+    return text, times
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea,",
+    "1, 2, 3, 4, 5, 6, 7,",
+    "Q: What is photosynthesis?\nA:",
+    "The three most important things in life are",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "In 1969, humans first",
+]
+
+
+async def undisturbed(server: Server, max_tokens: int) -> list[str]:
+    """What `PROMPTS` are answered one after the other."""
+    async with server.async_client() as client:
+        return [(await stream_text(client, prompt, max_tokens=max_tokens))[0] for prompt in PROMPTS]

@@ -1,0 +1,174 @@
+"""The whole path over HTTP, in all its processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from itertools import pairwise
+
+import openai
+import pytest
+from harness import MODEL, PROMPTS, SLOTS, Server, stream_text
+from ray.exceptions import RayError
+
+
+def test_503_while_the_model_is_loading(server: Server) -> None:
+    error = server.refused_while_loading
+    assert error is not None
+    assert "still loading" in error.message
+    assert int(error.response.headers["retry-after"]) > 0
+
+
+def test_a_chat_makes_sense(server: Server) -> None:
+    response = server.client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "What is gravity?"}], temperature=0, max_tokens=60
+    )
+    text = response.choices[0].message.content or ""
+    assert text.startswith("Gravity is a")
+    assert "physics" in text
+
+
+def test_a_chat_stream_equals_the_whole_answer(server: Server) -> None:
+    fields = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Name three colours."}],
+        "temperature": 0,
+        "max_tokens": 30,
+    }
+    whole = server.client.chat.completions.create(**fields)  # type: ignore[call-overload]
+    stream = server.client.chat.completions.create(**fields, stream=True)  # type: ignore[call-overload]
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+def test_greedy_equals_transformers_generate(server: Server, answers: list[str]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tailserve.deployments.models import resolve_model
+
+    path = resolve_model(None)
+    tokenizer, oracle = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    oracle.generation_config.eos_token_id = None
+    for prompt, answer in list(zip(PROMPTS, answers, strict=True))[:4]:
+        ids = tokenizer(prompt, return_tensors="pt")
+        tokens = oracle.generate(**ids, max_new_tokens=40, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert answer == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_errors_of_each_kind(server: Server) -> None:
+    client = server.client
+    with pytest.raises(openai.BadRequestError, match="2049 tokens; the context holds 2048"):
+        client.completions.create(model=MODEL, prompt=[5] * 2049)
+    with pytest.raises(openai.NotFoundError, match="'gpt-5' is not served here"):
+        client.completions.create(model="gpt-5", prompt="hi")
+    with pytest.raises(openai.BadRequestError, match="unknown field speed"):
+        client.completions.create(model=MODEL, prompt="hi", extra_body={"speed": 1})
+
+
+async def test_429_when_max_queued_of_a_class_wait(server: Server, client: openai.AsyncOpenAI) -> None:
+    long = [asyncio.create_task(stream_text(client, prompt, max_tokens=60)) for prompt in PROMPTS * (SLOTS // len(PROMPTS))]
+    while (await server.status())["load"]["num_running"] < SLOTS:
+        await asyncio.sleep(0.05)
+    bounded = {"extra_body": {"max_tokens": 2}, "extra_headers": {"X-SLO-Class": "bounded"}}
+    waiting = [asyncio.create_task(client.completions.create(model=MODEL, prompt="Hi", **bounded)) for _ in range(2)]
+    while (await server.status())["load"]["num_waiting"] < 2:
+        await asyncio.sleep(0.02)
+    with pytest.raises(openai.RateLimitError) as caught:
+        await client.completions.create(model=MODEL, prompt="Hi", **bounded)
+    assert int(caught.value.response.headers["retry-after"]) >= 1
+    await asyncio.gather(*long, *waiting)
+
+
+async def test_32_streams_of_different_lengths(server: Server, client: openai.AsyncOpenAI, answers: list[str]) -> None:
+
+    async def one(index: int) -> str:
+        await asyncio.sleep(0.03 * index)
+        text, _ = await stream_text(client, PROMPTS[index % 8], max_tokens=5 + index)
+        return text
+
+    texts = await asyncio.gather(*(one(index) for index in range(32)))
+    for index, text in enumerate(texts):
+        answer = answers[index % 8]
+        assert text.startswith(answer) or answer.startswith(text)
+
+
+async def test_sampling_with_a_seed_repeats_itself_alone_and_in_a_crowd(server: Server, client: openai.AsyncOpenAI) -> None:
+    fields = {"max_tokens": 20, "temperature": 1.0}
+    alone = [(await stream_text(client, prompt, seed=n, **fields))[0] for n, prompt in enumerate(PROMPTS[:3])]
+    crowd = await asyncio.gather(*(stream_text(client, p, seed=n, **fields) for n, p in enumerate(PROMPTS)))
+    assert [text for text, _ in crowd[:3]] == alone
+
+
+async def test_a_client_that_leaves_frees_its_sequence_within_two_steps(server: Server, client: openai.AsyncOpenAI) -> None:
+    before = (await server.status())["stats"]["finished"].get("abort", 0)
+    for leave_after in (1, 3):
+        stream = await client.completions.create(
+            model=MODEL, prompt="Hi", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+        )
+        seen = 0
+        async for _ in stream:
+            seen += 1
+            if seen == leave_after:
+                break
+        await stream.close()
+    await asyncio.to_thread(server.check_idle)
+    stats = (await server.status())["stats"]
+    assert stats["finished"]["abort"] == before + 2
+
+
+async def test_a_critical_request_takes_a_slot_and_the_displaced_one_completes(
+    server: Server, client: openai.AsyncOpenAI, answers: list[str]
+) -> None:
+    normal = [asyncio.create_task(stream_text(client, PROMPTS[n % 8], max_tokens=40)) for n in range(SLOTS)]
+    while (await server.status())["load"]["num_running"] < SLOTS:
+        await asyncio.sleep(0.02)
+    steps = (await server.status())["stats"]["steps"]
+    stream = await client.completions.create(
+        model=MODEL, prompt="Stop!", max_tokens=3, stream=True, extra_headers={"X-SLO-Class": "critical"}
+    )
+    async for _ in stream:
+        first_token_steps = (await server.status())["stats"]["steps"] - steps
+        break
+    async for _ in stream:
+        pass
+    assert first_token_steps <= 10
+    assert (await server.status())["stats"]["preemptions"] > 0
+    for n, (text, _) in enumerate(await asyncio.gather(*normal)):
+        assert text == answers[n % 8]
+
+
+@pytest.mark.parametrize(
+    ("victim", "how"), [("draft", "kill"), ("verifier", "kill"), ("draft", "hang"), ("verifier", "hang")]
+)
+async def test_a_model_process_that_dies_or_hangs_costs_no_stream(
+    server: Server,
+    client: openai.AsyncOpenAI,
+    answers: list[str],
+    victim: str,
+    how: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pid = (await server.processes())[victim]
+    streams = [asyncio.create_task(stream_text(client, prompt, max_tokens=40)) for prompt in PROMPTS]
+    while (await server.status())["stats"]["generated_tokens"] == 0 or (await server.status())["load"]["num_running"] < 8:
+        await asyncio.sleep(0.02)
+    os.kill(pid, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+    results = await asyncio.gather(*streams)
+    assert [text for text, _ in results] == answers
+    pause = max(later - earlier for _, times in results for earlier, later in pairwise(times))
+    with capsys.disabled():
+        print(f"\n{victim} {how}: 8 of 8 streams complete with the same text, longest pause {pause:.2f} s")
+    deadline = time.monotonic() + 60
+    while await _pid(server, victim) in (pid, None):
+        assert time.monotonic() < deadline, f"the {victim} is not back"
+        await asyncio.sleep(0.2)
+
+
+async def _pid(server: Server, process: str) -> int | None:
+    try:
+        return (await server.processes())[process]
+    except RayError:
+        return None  # on its way back
