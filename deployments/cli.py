@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,11 +17,12 @@ from typing import Any
 from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
 from tailserve.cluster.settings import settings
-from tailserve.engine.errors import TailserveError
+from tailserve.engine.errors import ConfigError, TailserveError
 
 logger = logging.getLogger("tailserve")
 
 READY_TIMEOUT_S = 1800.0
+_APP = "tailserve"
 _FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--dtype", {"help": "auto, bfloat16, float16 or float32 (default: the checkpoint's own)"}),
     ("--device", {"help": "auto, cpu or cuda"}),
@@ -104,7 +106,7 @@ def _serve(args: argparse.Namespace) -> int:
         ray.init(address=address)
     try:
         serve.start(http_options={"host": args.host, "port": args.port})
-        serve.run(build_app(config), name="tailserve", route_prefix="/", blocking=False)
+        _deploy(build_app(config))
         url = f"http://{args.host}:{args.port}"
         if not _wait_until_ready(url, stopped):
             return 1 if not stopped.is_set() else 0
@@ -115,6 +117,21 @@ def _serve(args: argparse.Namespace) -> int:
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+def _deploy(app: Any) -> None:
+    """Waits until all replicas run. ConfigError with the reason when a replica says that it never will."""
+    from ray import serve
+
+    try:
+        serve.run(app, name=_APP, route_prefix="/", blocking=False)
+    except RuntimeError:
+        deployments = serve.status().applications[_APP].deployments.values()
+        # Ray reports a traceback as text; the last line that names one of our errors is the reason.
+        reasons = re.findall(r"tailserve\.engine\.errors\.\w+: (.*)", "\n".join(d.message for d in deployments))
+        if not reasons:
+            raise
+        raise ConfigError(reasons[-1].strip()) from None
 
 
 def _served_name(config: TailserveConfig) -> str:

@@ -124,6 +124,7 @@ class Scheduler:
         """Advances the sequences of a step; the only place where that happens. Returns what clients are to get."""
         chunks = self.take_ended()
         self.stats.steps += 1
+        self.stats.verifier_seconds += result.duration_s
         for entry, token_ids in zip(self._in_flight.pop(result.step), result.token_ids, strict=True):
             seq = entry.seq
             if seq.row != entry.row:

@@ -9,6 +9,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     """Counts since the engine started; the scheduler and the engine add to them."""
 
     steps: int = 0
+    verifier_seconds: float = 0.0
+    """Time the verifier spent on them."""
     prompt_tokens: int = 0
     """Prompt tokens of requests that started."""
     generated_tokens: int = 0

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import openai
 import pytest

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TINY, save_model
+from tiny import TINY, save_model
 
 from tailserve.engine.errors import ConfigError, UnsupportedModelError
 from tailserve.engine.model.loading import load_model

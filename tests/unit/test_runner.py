@@ -8,9 +8,9 @@ from itertools import product
 import pytest
 import torch
 import transformers
-from conftest import TINY, save_model
 from fakes import Answers, make_request, run_to_end
 from local import Models, prompts
+from tiny import TINY, save_model
 
 from tailserve.engine.types import Request
 
