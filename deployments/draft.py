@@ -118,9 +118,12 @@ class DraftLink:
         self.process.kill()
 
     def _live_channel(self) -> Channel[DraftWork, DraftResult] | None:
-        if self._up and self.process.ended:
+        if not self._up:
+            return None
+        if self.process.ended:
             self._go_down("ended")
-        return self.process.channel if self._up else None
+            return None
+        return self.process.channel
 
     def _go_down(self, what: str) -> None:
         logger.error("the draft process %s; serving goes on without it until it is back", what)

@@ -56,8 +56,17 @@ class Choice:
 class Generation:
     """All sequences of one HTTP request. Leaving it, however, ends what still runs."""
 
-    def __init__(self, client: RouterClient, text: TextModel, requests: list[Request], stops: list[str]) -> None:
+    def __init__(
+        self,
+        client: RouterClient,
+        text: TextModel,
+        requests: list[Request],
+        *,
+        choices_per_prompt: int = 1,
+        stops: list[str],
+    ) -> None:
         self._client = client
+        self._choices_per_prompt = choices_per_prompt
         self._queue: asyncio.Queue[TokenChunk] = asyncio.Queue()
         self.choices = [
             Choice(index, request, Detokenizer(text.decode), StopStrings(stops)) for index, request in enumerate(requests)
@@ -117,14 +126,15 @@ class Generation:
 
     def usage(self) -> dict[str, object]:
         """The `usage` object of the response so far."""
-        prompts = {choice.request.prompt_token_ids: choice.usage.cached_tokens for choice in reversed(self.choices)}
-        num_prompt = sum(len(prompt) for prompt in prompts)
+        # The choices of one prompt stand side by side, and the prompt counts once.
+        firsts = self.choices[:: self._choices_per_prompt]
+        num_prompt = sum(len(choice.request.prompt_token_ids) for choice in firsts)
         num_output = sum(choice.num_tokens for choice in self.choices)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {"cached_tokens": sum(prompts.values())},
+            "prompt_tokens_details": {"cached_tokens": sum(choice.usage.cached_tokens for choice in firsts)},
             "completion_tokens_details": {
                 "accepted_prediction_tokens": sum(choice.usage.accepted_draft_tokens for choice in self.choices),
                 "rejected_prediction_tokens": sum(choice.usage.rejected_draft_tokens for choice in self.choices),

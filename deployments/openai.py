@@ -155,7 +155,7 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
-    prompt: str | list[str] | list[_TokenId] | list[list[_TokenId]]
+    prompt: str | list[_TokenId] | Annotated[list[str] | list[list[_TokenId]], Field(max_length=64)]
     max_tokens: int | None = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
 

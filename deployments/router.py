@@ -43,7 +43,11 @@ class Router:
         # ipc sockets live here; mkdtemp makes it private to this user.
         self._directory = Path(tempfile.mkdtemp(prefix="tailserve-"))
         self._outboxes = Outboxes()
-        await asyncio.to_thread(self._start)
+        try:
+            await asyncio.to_thread(self._start)
+        except BaseException:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
         self._sweeper = asyncio.create_task(self._sweep())
 
     def _start(self) -> None:

@@ -74,7 +74,7 @@ class Service:
                     timeout_s=timeout_s,
                 )
             )
-        generation = Generation(self._client, self._text, requests, body.stops())
+        generation = Generation(self._client, self._text, requests, choices_per_prompt=body.n, stops=body.stops())
         await generation.start()
         self._track(request_id, generation)
         prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"

@@ -64,6 +64,9 @@ async def test_completions_of_several_prompts_and_choices(edge: Edge) -> None:
     ]
     assert response.usage is not None
     assert response.usage.prompt_tokens == 5
+    twice = await edge.client.completions.create(model=MODEL, prompt=["ab", "ab"], max_tokens=5)
+    assert twice.usage is not None
+    assert twice.usage.prompt_tokens == 4
 
 
 async def test_a_stop_string_ends_the_answer_before_it_and_the_sequence_at_once(edge: Edge) -> None:

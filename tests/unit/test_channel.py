@@ -1,0 +1,55 @@
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tailserve.deployments.channel import Channel, serve_channel
+
+
+class Question(msgspec.Struct, frozen=True):
+    number: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    number: int
+
+
+def test_questions_are_answered_until_the_parent_is_gone(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/channel"
+    here: Channel[Question, Answer] = Channel(endpoint, Answer, bind=True)
+    parent = threading.Event()
+    thread = threading.Thread(
+        target=serve_channel,
+        args=(endpoint, Question, lambda question: Answer(question.number + 1)),
+        kwargs={"parent_alive": lambda: not parent.is_set()},
+    )
+    thread.start()
+    assert here.wait_connected(10)
+    for number in range(3):
+        assert here.send(Question(number))
+        assert here.receive(10) == Answer(number + 1)
+    assert here.receive(0.0) is None
+    parent.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    here.close()
+
+
+def test_a_message_to_nobody_is_refused(tmp_path: Path) -> None:
+    channel: Channel[Question, Answer] = Channel(f"ipc://{tmp_path}/alone", Answer, bind=True)
+    assert not channel.send(Question(1))
+    assert not channel.wait_connected(0.0)
+    channel.close()
+
+
+def test_what_is_not_of_the_declared_type_is_not_taken(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/junk"
+    here: Channel[Question, Answer] = Channel(endpoint, Answer, bind=True)
+    there: Channel[dict[str, str], Question] = Channel(endpoint, Question, bind=False)
+    assert here.wait_connected(10)
+    there.send({"number": "not a number"})
+    with pytest.raises(msgspec.ValidationError):
+        here.receive(10)
+    here.close()
+    there.close()
