@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tailserve.deployments.channel import Channel, serve_channel
-from tailserve.deployments.process import ModelProcess
+from tailserve.deployments.channel import Channel
+from tailserve.deployments.process import ModelActor, ModelProcess
+from tailserve.engine.errors import ConfigError
 from tailserve.engine.options import LoadOptions
-from tailserve.engine.speculation.drafter import DraftModel, DraftResult, DraftWork
+from tailserve.engine.speculation.drafter import DraftResult, DraftWork
 from tailserve.engine.speculation.ngram import NgramDrafter
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,16 @@ class DraftOptions(msgspec.Struct, frozen=True, kw_only=True):
     verifier_vocab_size: int = 0
 
 
-class DraftActor:
+class DraftActor(ModelActor[DraftOptions, None]):
     """Keeps rows of tokens and proposes how they go on."""
 
-    def load(self, options: DraftOptions) -> None:
+    incoming = DraftWork
+
+    def prepare(self, options: DraftOptions) -> tuple[None, Callable[[DraftWork], DraftResult]]:
         """Loads the draft model, if it is one. ConfigError if its vocabulary is not the verifier's."""
-        self._drafter: DraftModel = NgramDrafter()
         if options.load is None:
-            return
+            return None, NgramDrafter().run
         # The router that defines this actor imports no torch.
-        from tailserve.engine.errors import ConfigError
         from tailserve.engine.model.draft import ModelDrafter
         from tailserve.engine.model.loading import load_model
 
@@ -52,17 +53,10 @@ class DraftActor:
                 "the same vocabulary, or ngram",
                 param="draft_model",
             )
-        self._drafter = ModelDrafter(
+        drafter = ModelDrafter(
             model, max_num_batched_tokens=options.max_num_batched_tokens, max_model_len=info.max_model_len
         )
-
-    def serve(self, endpoint: str) -> None:
-        """Answers work with drafts until the router is gone."""
-        parent = os.getppid()
-        serve_channel(endpoint, DraftWork, self._drafter.run, parent_alive=lambda: os.getppid() == parent)
-
-    def pid(self) -> int:
-        return os.getpid()
+        return None, drafter.run
 
 
 class DraftLink:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,9 +17,11 @@ import ray
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tailserve.deployments.channel import Channel
+from tailserve.deployments.channel import Channel, serve_channel
 from tailserve.engine.errors import ExecutorLostError
 
+Options = TypeVar("Options")
+Info = TypeVar("Info")
 Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing")
 
@@ -26,17 +30,48 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 30.0
 
 
+class ModelActor(Generic[Options, Info]):
+    """The process side: one thread of it loads the model and runs it.
+
+    OpenMP keeps a team of threads for each thread that ever used it, and stops spinning when there are more than cores: a
+    second thread makes a CPU step twice as long.
+    """
+
+    incoming: type[Any]
+    """What `serve` receives."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+    def prepare(self, options: Options) -> tuple[Info, Callable[[Any], Any]]:
+        """Loads what `options` say; what the router is told of it, and the function that answers messages."""
+        raise NotImplementedError
+
+    def load(self, options: Options) -> Info:
+        info, self._answer = self._thread.submit(self.prepare, options).result()
+        return info
+
+    def serve(self, endpoint: str) -> None:
+        """Answers messages until the router's process is gone."""
+        parent = os.getppid()
+        self._thread.submit(
+            serve_channel, endpoint, self.incoming, self._answer, parent_alive=lambda: os.getppid() == parent
+        ).result()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
 class ModelProcess(Generic[Outgoing, Incoming]):
     """Owns one actor at a time, and the channel to it.
 
-    The actor class has `load(options) -> info` and `serve(endpoint)`, which returns only when it is over. Its death shows
-    at once, because the pending `serve` call fails.
+    The actor's death shows at once, because the pending `serve` call fails.
     """
 
     def __init__(
         self,
         name: str,
-        actor_class: Any,
+        actor_class: type[ModelActor[Any, Any]],
         *,
         load_options: Any,
         incoming: type[Incoming],

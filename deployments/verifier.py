@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from tailserve.deployments.channel import serve_channel
-from tailserve.deployments.process import ModelProcess
+from tailserve.deployments.process import ModelActor, ModelProcess
 from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.types import Batch, ModelInfo, StepResult
@@ -22,26 +21,19 @@ POLL_S = 0.05
 """How soon a verifier's death is noticed while its answer is awaited."""
 
 
-class VerifierActor:
+class VerifierActor(ModelActor[LoadOptions, ModelInfo]):
     """Loads the model and runs batches. Lives in a process, and on a GPU, of its own."""
 
-    def load(self, options: LoadOptions) -> ModelInfo:
-        """Loads the model and says what the scheduler needs to know of it."""
+    incoming = Batch
+
+    def prepare(self, options: LoadOptions) -> tuple[ModelInfo, Callable[[Batch], StepResult]]:
+        """Loads the model and says what the scheduler needs to know of it. Raises what `load_model` raises."""
         # The router that defines this actor imports no torch.
         from tailserve.engine.model.loading import load_model
         from tailserve.engine.model.runner import ModelRunner
 
         model, info = load_model(options)
-        self._runner = ModelRunner(model)
-        return info
-
-    def serve(self, endpoint: str) -> None:
-        """Answers batches with results until the router is gone."""
-        parent = os.getppid()
-        serve_channel(endpoint, Batch, self._runner.run, parent_alive=lambda: os.getppid() == parent)
-
-    def pid(self) -> int:
-        return os.getpid()
+        return info, ModelRunner(model).run
 
 
 class VerifierExecutor:

@@ -32,7 +32,8 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     """
     device = resolve_device(options.device)
     if device.type == "cpu":
-        # Ray gives actors OMP_NUM_THREADS by their logical CPUs, which say nothing about the machine.
+        # OpenMP keeps this for each thread: the thread that loads a model is the one to run it. A Ray actor starts with
+        # OMP_NUM_THREADS by its logical CPUs, which say nothing about the machine.
         torch.set_num_threads(options.num_threads or os.cpu_count() or 1)
     config = AutoConfig.from_pretrained(options.path)
     text = config.get_text_config(decoder=True)
