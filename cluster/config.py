@@ -46,6 +46,7 @@ class Timeouts(_Strict):
     """Seconds."""
 
     step_s: float = Field(default=60.0, gt=0, description="a verifier that takes longer for a step is restarted")
+    load_s: float = Field(default=1800.0, gt=0, description="a model process that takes longer to load is given up")
     draft_s: float = Field(default=0.05, ge=0, description="how long a step waits for the draft")
     draft_hang_s: float = Field(default=10.0, gt=0, description="a draft that takes longer is restarted")
     submit_s: float = Field(default=10.0, gt=0, description="how long a request may look for an instance")

@@ -28,7 +28,6 @@ class Channel(Generic[Outgoing, Incoming]):
             self._socket.connect(endpoint)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(incoming)
-        self.bytes_sent = 0
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Whether the other side has come; a message to a pair socket without a peer is refused."""
@@ -37,7 +36,6 @@ class Channel(Generic[Outgoing, Incoming]):
     def send(self, message: Outgoing) -> bool:
         """Hands a message to the transport. False if the other side is gone and its queue is full."""
         data = self._encoder.encode(message)
-        self.bytes_sent += len(data)
         try:
             self._socket.send(data, zmq.NOBLOCK, copy=False)
         except zmq.Again:
@@ -55,12 +53,12 @@ class Channel(Generic[Outgoing, Incoming]):
 
 
 def serve_channel(
-    endpoint: str, incoming: type[Incoming], handler: Callable[[Incoming], Outgoing], *, parent_alive: Callable[[], bool]
+    endpoint: str, incoming: type[Incoming], handler: Callable[[Incoming], Outgoing], *, alive: Callable[[], bool]
 ) -> None:
-    """Answers messages until the parent process is gone. A handler's exception ends the process: its rows are lost."""
+    """Answers messages while `alive()`. What the handler raises is raised: the state behind it is in doubt."""
     channel: Channel[Outgoing, Incoming] = Channel(endpoint, incoming, bind=False)
     try:
-        while parent_alive():
+        while alive():
             message = channel.receive(1.0)
             if message is not None:
                 channel.send(handler(message))

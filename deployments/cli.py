@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     except TailserveError as error:
         sys.stderr.write(f"tailserve: {error.message}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,9 +96,8 @@ def _serve(args: argparse.Namespace) -> int:
 
     from tailserve.deployments.app import build_app
 
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+    # Until the deployment is up both signals interrupt whatever is being waited for.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     address = settings().ray_address
     if address is None:
         # Logical CPUs decide placement only; a small machine must not refuse a deployment for want of them.
@@ -107,6 +108,9 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         serve.start(http_options={"host": args.host, "port": args.port})
         _deploy(build_app(config))
+        stopped = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
         url = f"http://{args.host}:{args.port}"
         if not _wait_until_ready(url, stopped):
             return 1 if not stopped.is_set() else 0

@@ -47,18 +47,25 @@ class RouterClient:
         NotReadyError when no instance takes it in time; what the router raises otherwise.
         """
         self._queues[request.id] = queue
+        call = self._spawn(self._calls.submit(msgspec.msgpack.encode(request), self._ingress))
+        call.add_done_callback(lambda done: self._placed(request.id, done))
         try:
-            call = self._spawn(self._calls.submit(msgspec.msgpack.encode(request), self._ingress))
-            instance = await asyncio.wait_for(asyncio.shield(call), self._submit_timeout_s)
+            await asyncio.wait_for(asyncio.shield(call), self._submit_timeout_s)
         except TimeoutError:
             self.cancel(request.id)
             raise NotReadyError("no instance took the request in time; try again") from None
         except BaseException:
             self.cancel(request.id)
             raise
-        if request.id in self._queues:
-            self._instances[request.id] = instance
-            self._read(instance)
+
+    def _placed(self, request_id: str, call: asyncio.Task[str]) -> None:
+        """Whoever waited for it may have left: then the request is ended where it was placed."""
+        if call.cancelled() or call.exception() is not None:
+            return
+        self._instances[request_id] = call.result()
+        self._read(call.result())
+        if request_id not in self._queues:
+            self.cancel(request_id)
 
     def cancel(self, request_id: str) -> None:
         """Forgets a request and ends it at its instance. Needs no waiting: what still arrives for it is ended too."""

@@ -66,7 +66,14 @@ class DraftLink:
     """
 
     def __init__(
-        self, options: DraftOptions, *, directory: Path, bundle_index: int = 2, actor_options: dict[str, Any], hang_s: float
+        self,
+        options: DraftOptions,
+        *,
+        directory: Path,
+        bundle_index: int = 2,
+        actor_options: dict[str, Any],
+        load_timeout_s: float,
+        hang_s: float,
     ) -> None:
         self.process: ModelProcess[DraftWork, DraftResult] = ModelProcess(
             "draft",
@@ -76,6 +83,7 @@ class DraftLink:
             directory=directory,
             bundle_index=bundle_index,
             actor_options=actor_options,
+            load_timeout_s=load_timeout_s,
         )
         self.incarnation = 0
         self._hang_s = hang_s

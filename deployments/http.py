@@ -48,10 +48,11 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(404, _on_http_error)
     app.add_exception_handler(405, _on_http_error)
+    app.add_exception_handler(Exception, _on_accident)
 
     async def complete(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
         service.ready_info()
-        body = parse_body(kind, await _json(request))
+        body = parse_body(kind, await _body(request))
         form, generation = await service.start(body, request.headers)
         if body.stream:
             return EventStreamResponse(form, generation)
@@ -78,15 +79,15 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        return _respond(await service.tokenize(parse_body(TokenizeBody, await _json(request))))
+        return _respond(await service.tokenize(parse_body(TokenizeBody, await _body(request))))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        return _respond(service.detokenize(parse_body(DetokenizeBody, await _json(request))))
+        return _respond(service.detokenize(parse_body(DetokenizeBody, await _body(request))))
 
     @app.post("/abort_request")
     async def abort_request(request: Request) -> Response:
-        await service.abort(parse_body(AbortBody, await _json(request)).request_id)
+        await service.abort(parse_body(AbortBody, await _body(request)).request_id)
         return _respond({})
 
     @app.get("/health")
@@ -123,16 +124,13 @@ def _respond(data: Any, status: int = 200, headers: dict[str, str] | None = None
     return Response(msgspec.json.encode(data), status, headers, media_type="application/json")
 
 
-async def _json(request: Request) -> Any:
-    data = b""
+async def _body(request: Request) -> bytes:
+    data = bytearray()
     async for part in request.stream():
         data += part
         if len(data) > MAX_BODY_BYTES:
             raise InvalidRequestError(f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large")
-    try:
-        return msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
-        raise InvalidRequestError(f"the body is no JSON: {error}", code="invalid_json") from None
+    return bytes(data)
 
 
 async def _on_tailserve_error(_: Request, error: Exception) -> Response:
@@ -148,6 +146,11 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
     return _error(error.status_code, str(error.detail), "invalid_request_error", None, code, {})
+
+
+async def _on_accident(_: Request, error: Exception) -> Response:
+    # Starlette raises it again after this answer, so the server logs it.
+    return _error(500, f"internal error: {type(error).__name__}", "server_error", None, "internal_error", {})
 
 
 def _error(status: int, message: str, kind: str, param: str | None, code: str, headers: dict[str, str]) -> Response:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.client import RouterClient
@@ -18,7 +19,7 @@ from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.models import model_name, resolve_model
 from tailserve.deployments.service import Service
 from tailserve.deployments.text import TextModel
-from tailserve.engine.errors import TailserveError
+from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,10 @@ class ServeCalls:
         self._handle = handle
 
     async def submit(self, request: bytes, ingress: str) -> str:
-        answer: str | TailserveError = await self._handle.submit.remote(request, ingress)
+        try:
+            answer: str | TailserveError = await self._handle.submit.remote(request, ingress)
+        except RayError as error:
+            raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
         if isinstance(answer, TailserveError):
             raise answer
         return answer

@@ -17,6 +17,9 @@ from tailserve.engine.types import FinishReason, Request, SloClass, TokenChunk
 
 logger = logging.getLogger(__name__)
 
+IDLE_CHECK_S = 1.0
+"""How soon the death of an idle verifier is noticed."""
+
 Publish = Callable[[Mapping[str, list[TokenChunk]], EngineGauges], None]
 
 
@@ -37,6 +40,7 @@ class EngineLoop:
         self._abort_ingresses: list[str] = []
         self._queued: Counter[str] = Counter()
         """Class to requests that wait for their first slot, those in the inbox included."""
+        self._free_slots = engine.scheduler.config.max_num_seqs
         self._stopping = False
         self.failure: BaseException | None = None
         self._owners: dict[str, str] = {}
@@ -57,7 +61,8 @@ class EngineLoop:
                 raise NotReadyError("this instance is shutting down; try again")
             if request.id in self._owners:
                 raise InvalidRequestError(f"request id {request.id!r} is already in use", param="request_id")
-            if self._queued[slo.name] >= slo.max_queued:
+            others = self._queued.total() - self._queued[slo.name]
+            if self._queued[slo.name] >= slo.max_queued + max(self._free_slots - others, 0):
                 raise QueueFullError(
                     f"class {slo.name!r} has {slo.max_queued} requests waiting already; try again later",
                     retry_after_s=max(1.0, slo.ttft_s),
@@ -65,18 +70,21 @@ class EngineLoop:
             self._queued[slo.name] += 1
             self._owners[request.id] = ingress
             self._requests.append((request, time.monotonic()))
+            self._idle.clear()
             self._work.notify()
 
     def abort(self, request_ids: list[str]) -> None:
         """Ends requests; unknown ones are ignored, since a request may end by itself meanwhile."""
         with self._work:
             self._aborts += request_ids
+            self._idle.clear()
             self._work.notify()
 
     def abort_ingress(self, ingress: str) -> None:
         """Ends all requests of an ingress that is gone."""
         with self._work:
             self._abort_ingresses.append(ingress)
+            self._idle.clear()
             self._work.notify()
 
     def wait_idle(self, timeout_s: float) -> bool:
@@ -87,6 +95,7 @@ class EngineLoop:
         """Ends the thread after the step under way; open requests end with an error."""
         with self._work:
             self._stopping = True
+            self._idle.clear()
             self._work.notify()
         self._thread.join(timeout=10)
 
@@ -97,14 +106,18 @@ class EngineLoop:
         except BaseException as error:
             logger.exception("the engine stopped")
             self.failure = error
-        self._deliver(self._engine.scheduler.fail_all("the instance stopped; the request was not completed"))
+        with self._work:
+            self._stopping = True
+        # Those in the inbox included. The engine's own state is in doubt after a failure.
+        text = "the instance stopped; the request was not completed"
+        self._deliver([TokenChunk(name, finish_reason=FinishReason.ERROR, error=text) for name in list(self._owners)])
 
     def _take_in(self) -> bool:
         """Waits for work and moves the inbox into the engine. False when it is time to stop."""
         with self._work:
-            while not (self._engine.has_work or self._requests or self._aborts or self._abort_ingresses or self._stopping):
+            while not (self._has_work() or self._stopping or self._engine.executor_lost):
                 self._idle.set()
-                self._work.wait()
+                self._work.wait(IDLE_CHECK_S)
             self._idle.clear()
             requests, self._requests = self._requests, []
             aborts, self._aborts = self._aborts, []
@@ -118,10 +131,15 @@ class EngineLoop:
             # Aborts come after additions: an abort never overtakes its request.
             aborts += [request_id for request_id, ingress in list(self._owners.items()) if ingress in gone]
             ended += [chunk for request_id in aborts if (chunk := self._engine.abort(request_id)) is not None]
-            self._queued = +self._engine.scheduler.residency.num_queued
+            residency = self._engine.scheduler.residency
+            self._queued = +residency.num_queued
+            self._free_slots = self._engine.scheduler.config.max_num_seqs - len(residency.running)
             stopping = self._stopping
         self._deliver(ended)
         return not stopping
+
+    def _has_work(self) -> bool:
+        return bool(self._engine.has_work or self._requests or self._aborts or self._abort_ingresses)
 
     def _deliver(self, chunks: list[TokenChunk]) -> None:
         by_ingress: dict[str, list[TokenChunk]] = {}

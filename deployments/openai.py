@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from tailserve.engine.errors import InvalidRequestError
 from tailserve.engine.types import SamplingParams
@@ -38,16 +41,12 @@ _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class StreamOptions(_Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
-
-
-class ResponseFormat(_Strict):
-    type: Literal["text"]
 
 
 class GenerationBody(_Strict):
@@ -81,6 +80,7 @@ class GenerationBody(_Strict):
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
     safety_identifier: str | None = None
+    response_format: dict[str, str] | None = None
 
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
@@ -104,7 +104,8 @@ class GenerationBody(_Strict):
         return SamplingParams(
             max_tokens=max_tokens,
             seed=secrets.randbits(64) if self.seed is None else self.seed % 2**64,
-            temperature=self.temperature,
+            # Below this the distribution is a single token, and float32 runs out.
+            temperature=self.temperature if self.temperature >= 1e-5 else 0.0,
             top_k=max(self.top_k, 0),
             top_p=self.top_p,
             min_p=self.min_p,
@@ -127,6 +128,12 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    # Empty parts of an answer that a client sends back as part of the history.
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     def for_template(self) -> dict[str, Any]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -141,7 +148,6 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
 
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
@@ -199,18 +205,36 @@ class AbortBody(_Strict):
     request_id: str = Field(min_length=1)
 
 
-def parse_body(kind: type[Body], data: Any) -> Body:
-    """Checks a decoded JSON body. InvalidRequestError names the first wrong field and what it would accept."""
-    if not isinstance(data, dict):
-        raise InvalidRequestError("the body must be a JSON object")
-    for name in data.keys() & UNSUPPORTED:
-        if data[name] is not None and name not in kind.model_fields:
-            raise InvalidRequestError(f"{name} is not supported yet", param=name, code="unsupported_parameter")
+def parse_body(kind: type[Body], data: bytes) -> Body:
+    """Checks a JSON body. InvalidRequestError names the first wrong field and what it would accept."""
     try:
-        return kind.model_validate(data)
+        fields = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is no JSON: {error}", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
+    for name in fields.keys() & UNSUPPORTED:
+        if fields[name] is not None:
+            raise InvalidRequestError(f"{name} is not supported yet", param=name, code="unsupported_parameter")
+    if fields.get("response_format") not in (None, {"type": "text"}):
+        message = "response_format is not supported yet, but for text"
+        raise InvalidRequestError(message, param="response_format", code="unsupported_parameter")
+    try:
+        return kind.model_validate_json(data)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"])
+        problem = _plainest(error)
+        field = ".".join(str(part) for part in problem["loc"] if not _UNION_BRANCH.search(str(part)))
         if problem["type"] == "extra_forbidden":
             raise InvalidRequestError(f"unknown field {field}", param=field, code="unknown_parameter") from None
         raise InvalidRequestError(f"{field}: {problem['msg']}", param=field, code="invalid_value") from None
+
+
+_UNION_BRANCH = re.compile(r"\[|\(|^(constrained-)?(str|int|list)$")
+"""Parts of pydantic's error locations that name a type of a union, not a field."""
+
+
+def _plainest(error: ValidationError) -> ErrorDetails:
+    """Of a union's errors, that of a branch whose type was right: it says what was wrong inside."""
+    problems = error.errors(include_url=False)
+    same_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    return next((problem for problem in same_field if not problem["type"].endswith("_type")), problems[0])

@@ -52,10 +52,10 @@ class ModelActor(Generic[Options, Info]):
         return info
 
     def serve(self, endpoint: str) -> None:
-        """Answers messages until the router's process is gone."""
-        parent = os.getppid()
+        """Answers messages for good: Ray ends the actor with its router. Without a raylet it ends by itself."""
+        raylet = os.getppid()
         self._thread.submit(
-            serve_channel, endpoint, self.incoming, self._answer, parent_alive=lambda: os.getppid() == parent
+            serve_channel, endpoint, self.incoming, self._answer, alive=lambda: os.getppid() == raylet
         ).result()
 
     def pid(self) -> int:
@@ -78,6 +78,7 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         directory: Path,
         bundle_index: int,
         actor_options: dict[str, Any],
+        load_timeout_s: float,
     ) -> None:
         self.name = name
         self.channel: Channel[Outgoing, Incoming] | None = None
@@ -88,6 +89,7 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         self._directory = directory
         self._bundle_index = bundle_index
         self._actor_options = actor_options
+        self._load_timeout_s = load_timeout_s
         self._actor: Any = None
         self._ended = threading.Event()
         self._incarnations = itertools.count()
@@ -100,7 +102,8 @@ class ModelProcess(Generic[Outgoing, Incoming]):
     def start(self) -> Any:
         """Starts an actor, waits until it has loaded, and opens a channel. Returns what `load` returned.
 
-        Whatever `load` raises is raised here: a model that cannot be served stays so.
+        Whatever `load` raises is raised here: a model that cannot be served stays so. ExecutorLostError when it takes too
+        long, or nowhere has the resources for it.
         """
         begin = time.monotonic()
         options = dict(self._actor_options)
@@ -114,7 +117,10 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         self._actor = actor
         self._ended = threading.Event()
         try:
-            info = ray.get(actor.load.remote(self.load_options))
+            info = ray.get(actor.load.remote(self.load_options), timeout=self._load_timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            self.kill()
+            raise ExecutorLostError(f"the {self.name} was not loaded within {self._load_timeout_s:g} s") from None
         except ray.exceptions.RayTaskError as error:
             self.kill()
             raise error.as_instanceof_cause() from error  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,20 @@ from tailserve.engine.errors import TailserveError
 from tailserve.engine.types import TokenLogprob
 
 _DONE = b"data: [DONE]\n\n"
+
+
+class TextPosition:
+    """Where in a choice's text its tokens begin. A character counts once its last byte is there."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def advance(self, token: bytes) -> int:
+        """The offset of the next token, in characters, given its bytes."""
+        offset = self._offset
+        self._offset += len(self._decoder.decode(token))
+        return offset
 
 
 @dataclass(frozen=True)
@@ -46,31 +61,29 @@ class ResponseFormat:
             result["service_tier"] = self.body.service_tier
         return result
 
-    def logprobs(self, entries: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any] | None:
-        """The `logprobs` object of a choice; `offset` is where its text begins."""
+    def logprobs(self, entries: Sequence[TokenLogprob], position: TextPosition) -> dict[str, Any] | None:
+        """The `logprobs` object of a piece of a choice, whose text so far is known to `position`."""
         if self.body.top_logprobs_count() is None:
             return None
         if self.chat:
             return {"content": [self._chat_logprob(entry) for entry in entries], "refusal": None}
-        tokens = [self._token(entry.token_id) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token)
         return {
-            "tokens": tokens,
+            "tokens": [self._token(entry.token_id) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": [
                 {self._token(token_id): logprob for token_id, logprob in entry.top} if entry.top else None
                 for entry in entries
             ],
-            "text_offset": offsets,
+            "text_offset": [position.advance(self.text.token_bytes(entry.token_id)) for entry in entries],
         }
 
     def _chat_logprob(self, entry: TokenLogprob) -> dict[str, Any]:
         def one(token_id: int, logprob: float) -> dict[str, Any]:
-            token = self._token(token_id)
-            return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+            return {
+                "token": self._token(token_id),
+                "logprob": logprob,
+                "bytes": list(self.text.token_bytes(token_id)),
+            }
 
         chosen = one(entry.token_id, entry.logprob)
         return chosen | {"top_logprobs": [one(token_id, logprob) for token_id, logprob in entry.top]}
@@ -94,7 +107,7 @@ async def whole_response(form: ResponseFormat, generation: Generation) -> dict[s
             {
                 "index": index,
                 **content,
-                "logprobs": form.logprobs(logprobs),
+                "logprobs": form.logprobs(logprobs, TextPosition()),
                 "finish_reason": last.finish_reason,
                 "stop_reason": last.stop_reason,
             }
@@ -106,7 +119,7 @@ async def event_stream(form: ResponseFormat, generation: Generation) -> AsyncIte
     """Server-sent events. An error after the first byte comes as an event of its own, and ends the stream."""
     options = form.body.stream_options
     encode = msgspec.json.encode
-    lengths = [0] * len(generation.choices)
+    positions = [TextPosition() for _ in generation.choices]
     if form.chat:
         for choice in generation.choices:
             opening = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -117,11 +130,10 @@ async def event_stream(form: ResponseFormat, generation: Generation) -> AsyncIte
             entry = {
                 "index": piece.index,
                 **content,
-                "logprobs": form.logprobs(piece.logprobs, lengths[piece.index]),
+                "logprobs": form.logprobs(piece.logprobs, positions[piece.index]),
                 "finish_reason": piece.finish_reason,
                 "stop_reason": piece.stop_reason,
             }
-            lengths[piece.index] += len(piece.text)
             event = form.envelope([entry], chunk=True)
             if options is not None and options.continuous_usage_stats:
                 event["usage"] = generation.usage()

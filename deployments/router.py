@@ -58,6 +58,7 @@ class Router:
             directory=self._directory,
             bundle_index=placement.VERIFIER_BUNDLE,
             actor_options=placement.verifier_actor_options(config),
+            load_timeout_s=config.timeouts.load_s,
             step_timeout_s=config.timeouts.step_s,
         )
         self._info = self._executor.start()
@@ -86,6 +87,7 @@ class Router:
             directory=self._directory,
             bundle_index=placement.DRAFT_BUNDLE,
             actor_options=placement.draft_actor_options(config),
+            load_timeout_s=config.timeouts.load_s,
             hang_s=config.timeouts.draft_hang_s,
         )
         link.start()
@@ -116,7 +118,7 @@ class Router:
         self._check_instance(instance)
         self._loop.abort(request_ids)
 
-    async def status(self, *, instance: str | None = None) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """What this instance is, and how it does."""
         return {
             "instance": self._instance,
@@ -144,6 +146,8 @@ class Router:
         """Serve replaces the replica when this raises."""
         if self._loop.failure is not None:
             raise RuntimeError("the engine stopped") from self._loop.failure
+        if self._engine.broken:
+            raise RuntimeError("the verifier could not be restarted")
 
     async def __del__(self) -> None:
         self._sweeper.cancel()

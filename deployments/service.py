@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -44,6 +45,7 @@ class Service:
 
     async def start(self, body: ChatBody | CompletionBody, headers: Mapping[str, str]) -> tuple[ResponseFormat, Generation]:
         """Places a request's sequences. Every way to refuse it raises before the first byte of an answer is sent."""
+        arrived = time.monotonic()
         info = self.ready_info()
         self._check_model(body.model)
         slo_class = self._slo_class(body, headers)
@@ -71,22 +73,24 @@ class Service:
                     slo_class=slo_class,
                     # The choices of one request share their prompt, whoever else may.
                     scope=scope or f"choices:{unique}",
+                    age_s=time.monotonic() - arrived,
                     timeout_s=timeout_s,
                 )
             )
         generation = Generation(self._client, self._text, requests, choices_per_prompt=body.n, stops=body.stops())
-        await generation.start()
         self._track(request_id, generation)
+        await generation.start()
         prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
         return ResponseFormat(f"{prefix}-{request_id}", self.model, body, self._text, slo_class), generation
 
     async def abort(self, request_id: str) -> None:
         """Ends a request by the id its client knows. NotFoundError if no such request runs here."""
-        for prefix in ("chatcmpl-", "cmpl-"):
-            request_id = request_id.removeprefix(prefix)
-        if request_id not in self._running:
-            raise NotFoundError(f"no request {request_id!r} is running", param="request_id")
-        for generation in self._running[request_id]:
+        # Clients know the id they gave, or the one in the response.
+        names = [request_id, request_id.removeprefix("chatcmpl-"), request_id.removeprefix("cmpl-")]
+        running = next((self._running[name] for name in names if name in self._running), None)
+        if running is None:
+            raise NotFoundError(f"no request {request_id!r} is running here", param="request_id")
+        for generation in running:
             generation.abort()
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
+from tailserve.engine.errors import NotReadyError
 from tailserve.engine.stats import EngineGauges
 from tailserve.engine.types import TokenChunk
 
@@ -53,6 +54,8 @@ class Outboxes:
         if box is None:
             box = self._boxes[ingress] = Outbox()
         box.num_open += 1
+        if box.readers == 0:
+            box.unread_since = self._loop.time()
 
     def publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: EngineGauges) -> None:
         """Called by the engine's thread once per step: encodes each ingress's message once, and hops threads once."""
@@ -71,10 +74,13 @@ class Outboxes:
                 box.put(data)
 
     async def read(self, ingress: str) -> AsyncIterator[bytes]:
-        """The ingress's messages until it has no more requests here and `LINGER_S` has passed."""
+        """The ingress's messages until it has no more requests here and `LINGER_S` has passed.
+
+        NotReadyError if nothing is known of the ingress: its requests were given up.
+        """
         box = self._boxes.get(ingress)
         if box is None:
-            return
+            raise NotReadyError("this instance has no requests of the ingress any more")
         box.readers += 1
         try:
             while True:

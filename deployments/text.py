@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from tailserve.engine.errors import ConfigError, InvalidRequestError
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level tokenizers write bytes as (Radford et al. 2019)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 
 MAX_HELD_TOKENS = 3
 """An incomplete character has at most three bytes, hence tokens. A longer tail that is no character never will be one."""
@@ -33,7 +47,7 @@ class TextModel:
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self._config = _read_json(directory / "tokenizer_config.json")
         template = directory / "chat_template.jinja"
-        self._template = template.read_text() if template.is_file() else self._config.get("chat_template")
+        self._template = template.read_text() if template.is_file() else _default_template(self._config)
         self.eos_token_ids = _eos_token_ids(directory)
 
     @cached_property
@@ -49,10 +63,25 @@ class TextModel:
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, which need not be whole characters."""
+        token: str = self.tokenizer.id_to_token(token_id) or ""
+        if self._byte_level and all(char in _BYTES for char in token):
+            return bytes(_BYTES[char] for char in token)
+        if byte := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return token.replace("\u2581", " ").encode()
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self.tokenizer.to_str())["decoder"])
+
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         """The prompt text of a conversation. InvalidRequestError with the template's own words where it refuses."""
         try:
-            text: str = self._compiled.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            text: str = self._compiled.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
+            )
         except TemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
@@ -72,12 +101,32 @@ class TextModel:
     def _compiled(self) -> Any:
         if not isinstance(self._template, str):
             raise InvalidRequestError("this model has no chat template: use /v1/completions", param="messages")
-        # The environment that transformers renders templates in.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        # As transformers renders templates.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+        )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         return environment.from_string(self._template)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks the assistant's part for training; for rendering it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _default_template(config: dict[str, Any]) -> Any:
+    """Some models have several templates, by name."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    return template
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
@@ -130,7 +179,7 @@ class Detokenizer:
         for held in range(min(MAX_HELD_TOKENS, total - self._emitted) + 1):
             if not self._decode(self._tokens[self._context : total - held]).endswith("\ufffd"):
                 return held
-        return 0 if total - self._emitted > MAX_HELD_TOKENS else total - self._emitted
+        return min(MAX_HELD_TOKENS, total - self._emitted)
 
 
 class StopStrings:

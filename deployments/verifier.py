@@ -46,6 +46,7 @@ class VerifierExecutor:
         directory: Path,
         bundle_index: int = 1,
         actor_options: dict[str, Any],
+        load_timeout_s: float,
         step_timeout_s: float,
         max_restarts: int = 3,
     ) -> None:
@@ -57,6 +58,7 @@ class VerifierExecutor:
             directory=directory,
             bundle_index=bundle_index,
             actor_options=actor_options,
+            load_timeout_s=load_timeout_s,
         )
         self._step_timeout_s = step_timeout_s
         self._max_restarts = max_restarts
@@ -64,6 +66,10 @@ class VerifierExecutor:
     def start(self) -> ModelInfo:
         info: ModelInfo = self.process.start()
         return info
+
+    @property
+    def lost(self) -> bool:
+        return self.process.ended
 
     def submit(self, batch: Batch) -> None:
         channel = self.process.channel

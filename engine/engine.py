@@ -18,8 +18,16 @@ from tailserve.engine.types import Batch, Request, StepResult, TokenChunk
 logger = logging.getLogger(__name__)
 
 
+MAX_LOSSES = 3
+"""Losses of the executor with no step completed between them, after which its requests end: one of them may be the cause."""
+
+
 class Executor(Protocol):
     """Whatever runs batches: a verifier process behind a channel, or a fake one in tests."""
+
+    @property
+    def lost(self) -> bool:
+        """True once its process has ended, whether or not a step is under way."""
 
     def submit(self, batch: Batch) -> None: ...
 
@@ -45,6 +53,9 @@ class Engine:
         self.scheduler = Scheduler(config, self.stats)
         self._executor = executor
         self._clock = clock
+        self._losses = 0
+        self.broken = False
+        """The executor could not be restarted at the last attempt."""
         self.drafts: DraftCoordinator | None = None
         if drafter is not None and config.num_speculative_tokens > 0:
             self.drafts = DraftCoordinator(
@@ -63,8 +74,15 @@ class Engine:
         """Ends a request and frees its blocks; its last chunk, or None if it has ended already."""
         return self.scheduler.abort(request_id)
 
+    @property
+    def executor_lost(self) -> bool:
+        """A step is due even without requests: it restarts the executor, so that the next request need not wait."""
+        return self._executor.lost and not self.broken
+
     def step(self) -> list[TokenChunk]:
         """One step of the whole batch: schedule, run, commit. Drafts for the next step start before it returns."""
+        if self.executor_lost:
+            return self._recover("its process ended between two steps")
         drafts = self.drafts.collect() if self.drafts else {}
         batch = self.scheduler.schedule(self._clock(), drafts)
         if batch is None:
@@ -73,8 +91,8 @@ class Engine:
             self._executor.submit(batch)
             result = self._executor.poll()
         except ExecutorLostError as error:
-            logger.error("the verifier is lost (%s); restarting it, running requests go on from their tokens", error)
-            return self._recover()
+            return self._recover(error.message)
+        self._losses = 0
         chunks = self.scheduler.commit(result)
         if self.drafts:
             self.drafts.start(result.step, self.scheduler.residency.running)
@@ -92,12 +110,19 @@ class Engine:
         """See `Scheduler.check_integrity`."""
         self.scheduler.check_integrity()
 
-    def _recover(self) -> list[TokenChunk]:
-        ended = self.scheduler.take_ended()
+    def _recover(self, reason: str) -> list[TokenChunk]:
+        logger.error("the verifier is lost (%s); restarting it, running requests go on from their tokens", reason)
+        chunks = self.scheduler.take_ended()
         self.scheduler.recover()
         self.stats.executor_restarts += 1
+        self._losses += 1
+        if self._losses >= MAX_LOSSES:
+            self._losses = 0
+            chunks += self.scheduler.fail_all(f"the verifier was lost {MAX_LOSSES} times in a row: {reason}")
         try:
             self._executor.restart()
         except ExecutorLostError as error:
-            return ended + self.scheduler.fail_all(str(error))
-        return ended
+            self.broken = True
+            return chunks + self.scheduler.fail_all(error.message)
+        self.broken = False
+        return chunks

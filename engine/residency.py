@@ -89,6 +89,9 @@ class Residency:
         cached = self.pool.match(hashes)
         # One token more than it has now, so that a sequence does not start only to be displaced.
         total = len(seq.token_ids) // size + 1
+        yieldable = sum(len(other.block_ids) for other in self.running if _outranks(seq, other))
+        if total - len(cached) + self.pool.count_free(cached) > self.pool.num_free + yieldable:
+            return False  # nobody is displaced in vain
         while total - len(cached) + self.pool.count_free(cached) > self.pool.num_free:
             if not self.running or not _outranks(seq, self.running[-1]):
                 return False

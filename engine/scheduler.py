@@ -95,7 +95,7 @@ class Scheduler:
         running, waiting = residency.running, residency.waiting
         work: list[Scheduled] = []
         new_blocks: dict[int, list[int]] = {}
-        # Every generating sequence is sure of one token; prompt chunks and drafts share what is left, most urgent first.
+        # Every generating sequence is sure of one token; prompt chunks share what is left, most urgent first.
         spare = self.config.max_num_batched_tokens - sum(seq.num_pending == 1 for seq in running)
         admitting, index = True, 0
         while True:
@@ -113,11 +113,13 @@ class Scheduler:
             if not residency.extend(seq, seq.num_computed + length, new_blocks):
                 continue  # it gave its own place up: the next one moved to this index
             spare -= 0 if sure else length
-            draft = self._fit_draft(seq, drafts, spare, new_blocks)
-            spare -= len(draft)
             assert seq.row is not None
-            work.append(Scheduled(seq, seq.row, seq.num_computed, length, draft))
+            work.append(Scheduled(seq, seq.row, seq.num_computed, length, []))
             index += 1
+        # Drafts come last: they must not take the block or the token that somebody needs.
+        for entry in work:
+            entry.draft.extend(self._fit_draft(entry.seq, drafts, spare, new_blocks))
+            spare -= len(entry.draft)
         return self._pack(work, new_blocks)
 
     def commit(self, result: StepResult) -> list[TokenChunk]:
@@ -131,12 +133,9 @@ class Scheduler:
                 continue  # it ended or was displaced while the step ran
             seq.num_computed = entry.start + entry.length
             if token_ids:
-                accepted = len(token_ids) - 1
-                seq.num_computed += accepted
+                seq.num_computed += len(token_ids) - 1
                 seq.num_drafted += len(entry.draft)
-                seq.num_accepted_drafts += accepted
                 self.stats.draft_tokens += len(entry.draft)
-                self.stats.accepted_draft_tokens += accepted
                 chunks.append(self._append(seq, token_ids, result.logprobs.get(entry.row)))
             else:
                 self.residency.register(seq)
@@ -182,6 +181,10 @@ class Scheduler:
             if stop is not None:
                 break
         self.stats.generated_tokens += taken
+        # All but the last token of a step are drafts that held; what lies behind a stop was accepted for nothing.
+        accepted = min(taken, len(token_ids) - 1)
+        seq.num_accepted_drafts += accepted
+        self.stats.accepted_draft_tokens += accepted
         self.residency.register(seq)
         out = tuple(token_ids[:taken])
         kept = None if logprobs is None else tuple(logprobs[:taken])

@@ -100,6 +100,7 @@ class CpuBackend:
     """`num_threads` bounds the kernel's threads; torch has a limit of its own."""
 
     name = "cpu"
+    dtypes = (torch.float32, torch.bfloat16)
 
     def __init__(self, num_threads: int | None = None) -> None:
         limit: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]

@@ -50,7 +50,7 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     model.set_attn_implementation(attention.NAME)
     if device.type == "cpu":
         prepack(model)
-    backend = _backend(options, device)
+    backend = _backend(options, device, dtype)
     layers, kv_heads, head_dim = _kv_shape(text)
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
     num_blocks = options.num_blocks or _num_blocks(options, device, per_token, max_model_len)
@@ -118,15 +118,15 @@ def _dtype(options: LoadOptions, text: PreTrainedConfig) -> torch.dtype:
     return _DTYPES[options.dtype]
 
 
-def _backend(options: LoadOptions, device: torch.device) -> AttentionBackend:
+def _backend(options: LoadOptions, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     name = options.attention_backend
     if name == "auto":
-        name = "cpu" if device.type == "cpu" else "reference"
-    if name == "cpu" and device.type == "cpu":
+        name = "cpu" if device.type == "cpu" and dtype in CpuBackend.dtypes else "reference"
+    if name == "cpu" and device.type == "cpu" and dtype in CpuBackend.dtypes:
         return CpuBackend(options.num_threads)
     if name == "reference":
         return ReferenceBackend()
-    raise ConfigError(f"attention_backend={name!r} does not run on {device}: use auto", param="attention_backend")
+    raise ConfigError(f"attention_backend={name!r} does not run {dtype} on {device}: use auto", param="attention_backend")
 
 
 def _kv_shape(text: PreTrainedConfig) -> tuple[int, int, int]:

@@ -8,12 +8,15 @@ from tailserve.engine.sequence import Sequence
 from tailserve.engine.speculation.drafter import Draft, Drafter, DraftRow, DraftWork
 from tailserve.engine.stats import EngineStats
 
+MAX_REST_LOG2 = 8
+
 
 class DraftCoordinator:
     """Sends token deltas after each step and collects drafts before the next.
 
     The wait is bounded by `timeout_s`, and a draft that missed it once is not waited for, nor asked anything new, until
-    its late answer shows that it is back: a hanging draft costs the batch one timeout, not one per step.
+    its late answer shows that it is back: a hanging draft costs the batch one timeout, not one per step. One that is late
+    again and again is asked less and less often: after k late answers in a row it rests for 2**k steps.
     """
 
     def __init__(self, drafter: Drafter, *, num_tokens: int, timeout_s: float, stats: EngineStats) -> None:
@@ -25,12 +28,17 @@ class DraftCoordinator:
         """Row to the number of its tokens that the drafter has."""
         self._asked: int | None = None
         self._late = False
+        self._late_in_a_row = 0
+        self._rest = 0
         self._incarnation = drafter.incarnation
 
     def start(self, step: int, running: List[Sequence]) -> None:
         """Asks for drafts for every sequence that generates."""
         self._notice_restart()
         if self._asked is not None:
+            return
+        if self._rest > 0:
+            self._rest -= 1
             return
         rows = []
         known: dict[int, int] = {}
@@ -57,6 +65,8 @@ class DraftCoordinator:
             self._late = True
             return {}
         self._asked = None
+        self._late_in_a_row = self._late_in_a_row + 1 if self._late else 0
+        self._rest = 2 ** min(self._late_in_a_row, MAX_REST_LOG2) if self._late else 0
         self._late = False
         return result.drafts
 
@@ -66,3 +76,4 @@ class DraftCoordinator:
             self._known = {}
             self._asked = None
             self._late = False
+            self._late_in_a_row = self._rest = 0

@@ -93,9 +93,9 @@ def distribution(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torc
         # The smallest set of most likely tokens whose probability reaches top_p; the most likely one always stays.
         order = probs.sort(dim=-1, descending=True, stable=True)
         before = order.values.cumsum(-1) - order.values
-        drop = torch.zeros_like(probs, dtype=torch.bool).scatter(
-            -1, order.indices, before >= column([p.top_p for p in params])
-        )
+        # Rounding lets the sum pass 1 before the last token: rows without a limit must not notice.
+        limits = column([p.top_p if p.top_p < 1.0 else torch.inf for p in params])
+        drop = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order.indices, before >= limits)
         drop &= probs < probs.max(-1, keepdim=True).values
         probs = probs.masked_fill(drop, 0.0)
     if any(p.min_p > 0.0 for p in params):

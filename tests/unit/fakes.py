@@ -34,6 +34,8 @@ def expected_answer(prompt: Sequence[int], count: int) -> list[int]:
 class FakeExecutor:
     """Runs batches on `next_token`, reading the context from simulated KV blocks, never from the message."""
 
+    lost = False
+
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._reset()
@@ -74,6 +76,7 @@ class FakeExecutor:
 
     def restart(self) -> None:
         self.restarts += 1
+        self.lost = False
         self._reset()
 
     def _reset(self) -> None:

@@ -18,6 +18,8 @@ from tailserve.engine.types import Batch, ModelInfo, StepResult
 
 
 class LocalExecutor:
+    lost = False
+
     def __init__(self, model: PagedModel) -> None:
         self._model = model
         self.restart()

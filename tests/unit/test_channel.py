@@ -15,14 +15,14 @@ class Answer(msgspec.Struct, frozen=True):
     number: int
 
 
-def test_questions_are_answered_until_the_parent_is_gone(tmp_path: Path) -> None:
+def test_questions_are_answered_until_it_is_over(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/channel"
     here: Channel[Question, Answer] = Channel(endpoint, Answer, bind=True)
-    parent = threading.Event()
+    over = threading.Event()
     thread = threading.Thread(
         target=serve_channel,
         args=(endpoint, Question, lambda question: Answer(question.number + 1)),
-        kwargs={"parent_alive": lambda: not parent.is_set()},
+        kwargs={"alive": lambda: not over.is_set()},
     )
     thread.start()
     assert here.wait_connected(10)
@@ -30,7 +30,7 @@ def test_questions_are_answered_until_the_parent_is_gone(tmp_path: Path) -> None
         assert here.send(Question(number))
         assert here.receive(10) == Answer(number + 1)
     assert here.receive(0.0) is None
-    parent.set()
+    over.set()
     thread.join(10)
     assert not thread.is_alive()
     here.close()

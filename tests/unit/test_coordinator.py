@@ -67,9 +67,22 @@ def test_a_late_draft_is_waited_for_once() -> None:
     assert stats.draft_timeouts == 1
     drafter.mute = False
     assert coordinator.collect()[1].base_len == 3
-    coordinator.start(9, [seq])
+    for step in range(9, 12):
+        coordinator.start(step, [seq])
     assert coordinator.collect()
     assert drafter.waits[-1] == 0.5
+
+
+def test_a_draft_that_is_always_late_is_asked_less_and_less() -> None:
+    coordinator, drafter, stats = make()
+    seq = running(1, [1, 2, 1])
+    for step in range(200):
+        coordinator.start(step, [seq])
+        drafter.mute = True
+        coordinator.collect()
+        drafter.mute = False
+        coordinator.collect()
+    assert stats.draft_timeouts <= 8
 
 
 def test_a_restarted_drafter_is_told_everything_again() -> None:

@@ -48,7 +48,7 @@ class FakeProcess:
 @pytest.fixture
 def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DraftLink:
     monkeypatch.setattr(draft, "RETRY_S", 0.01)
-    link = DraftLink(DraftOptions(), directory=tmp_path, actor_options={}, hang_s=0.05)
+    link = DraftLink(DraftOptions(), directory=tmp_path, actor_options={}, load_timeout_s=1.0, hang_s=0.05)
     link.process = FakeProcess()  # type: ignore[assignment]
     link.start()
     link.process.started.clear()  # type: ignore[attr-defined]

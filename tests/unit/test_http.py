@@ -41,6 +41,31 @@ async def test_chat(edge: Edge) -> None:
     assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (19, 9)
 
 
+async def test_an_answer_can_be_sent_back_as_history(edge: Edge) -> None:
+    history = list(USER)
+    for _ in range(2):
+        response = await edge.client.chat.completions.create(model=MODEL, messages=history, max_tokens=3)
+        history += [response.choices[0].message, *USER]
+    assert response.usage is not None
+    assert response.usage.prompt_tokens > 19
+
+
+async def test_too_many_prompts_are_told_the_limit(edge: Edge) -> None:
+    response = await edge.http.post("/v1/completions", json={"prompt": ["a"] * 65})
+    error = response.json()["error"]
+    assert error["param"] == "prompt"
+    assert "64" in error["message"]
+
+
+async def test_an_accident_has_the_shape_of_an_error(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(request: bytes, ingress: str) -> str:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(edge.calls, "submit", broken)
+    response = await edge.http.post("/v1/completions", json={"prompt": "ab"})
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+
+
 async def test_a_chat_stream_is_the_whole_answer_in_pieces(edge: Edge) -> None:
     stream = await edge.client.chat.completions.create(
         model=MODEL, messages=USER, max_tokens=9, stream=True, stream_options={"include_usage": True}
@@ -111,6 +136,10 @@ async def test_abort_request(edge: Edge) -> None:
         ({"speed": 1}, "speed", "unknown_parameter"),
         ({"tools": [{}]}, "tools", "unsupported_parameter"),
         ({"n": 0}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
+        ({"temperature": "0.5"}, "temperature", "invalid_value"),
+        ({"stop": ["x"] * 17}, "stop", "invalid_value"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "invalid_value"),
         ({"messages": [*USER, {"role": "system", "content": "late"}]}, "messages", "invalid_request"),
         ({"top_logprobs": 3}, "top_logprobs", "invalid_request"),
@@ -207,8 +236,9 @@ async def test_tokenize_and_back(edge: Edge) -> None:
 async def test_unknown_routes_and_broken_json(edge: Edge) -> None:
     assert (await edge.http.get("/v2/nothing")).json()["error"]["code"] == "not_found"
     assert (await edge.http.get("/v1/completions")).status_code == 405
-    broken = await edge.http.post("/v1/completions", content=b"{")
-    assert broken.json()["error"]["code"] == "invalid_json"
+    for content in (b"{", b'{"prompt": "\xff"}', b"[" * 100_000, b"[]"):
+        broken = await edge.http.post("/v1/completions", content=content)
+        assert broken.json()["error"]["code"] == "invalid_json"
 
 
 async def test_models_and_version(edge: Edge) -> None:

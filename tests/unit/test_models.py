@@ -81,6 +81,11 @@ def test_bfloat16_passes_its_self_check(kind: str, tmp_path: Path) -> None:
     assert info.attention_backend == "cpu"
 
 
+def test_float16_on_a_cpu_takes_the_reference_backend(tiny_llama: str) -> None:
+    _, info = load_model(LoadOptions(path=tiny_llama, dtype="float16", device="cpu"))
+    assert info.attention_backend == "reference"
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_packed_batches_would_get_wrong_is_refused(kind: str, tmp_path: Path) -> None:
     config, reason = REFUSED[kind]
@@ -110,6 +115,7 @@ def test_a_window_that_a_backend_forgets_is_noticed(tmp_path: Path, monkeypatch:
         ({"dtype": "int3"}, "dtype"),
         ({"max_model_len": 100_000}, "max_model_len"),
         ({"attention_backend": "magic"}, "attention_backend"),
+        ({"attention_backend": "cpu", "dtype": "float16"}, "attention_backend"),
     ],
 )
 def test_options_that_cannot_work_name_themselves(tiny_llama: str, fields: dict[str, Any], param: str) -> None:

@@ -79,6 +79,13 @@ def test_truncation_keeps(fields: dict[str, object], kept: list[int]) -> None:
     assert both[1].nonzero().flatten().tolist() == [0]
 
 
+def test_a_neighbours_top_p_changes_nothing() -> None:
+    logits = torch.randn(1, 49152, generator=torch.Generator().manual_seed(0)) * 3
+    alone = distribution(logits.clone(), [params()])
+    beside = distribution(logits.repeat(2, 1), [params(), params(top_p=0.5)])
+    assert torch.equal(alone[0], beside[0])
+
+
 def test_temperature_scales_before_top_p() -> None:
     logits = torch.tensor([[1.0, 0.9, -5.0]])
     assert distribution(logits, [params(temperature=0.01, top_p=0.9)])[0].count_nonzero() == 1

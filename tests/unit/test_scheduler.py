@@ -2,7 +2,7 @@ import pytest
 from fakes import Answers, FakeExecutor, InlineDrafter, engine_config, expected_answer, make_request, run_to_end
 
 from tailserve.engine.engine import Engine
-from tailserve.engine.errors import InvalidRequestError
+from tailserve.engine.errors import ExecutorLostError, InvalidRequestError
 from tailserve.engine.types import FinishReason
 
 
@@ -213,3 +213,71 @@ def test_a_steps_message_does_not_grow_with_the_context() -> None:
         quiet = [batch for batch in executor.batches[-9:] if batch.rows and not batch.new_blocks and not batch.joins]
         sizes.append(min(len(msgspec.msgpack.encode(batch)) for batch in quiet))
     assert abs(sizes[1] - sizes[0]) <= 8
+
+
+def test_an_executor_that_is_lost_again_and_again_ends_its_requests_instead_of_going_on_for_ever() -> None:
+    engine, executor, _ = make_engine()
+    request = make_request([1, 2, 3])
+    engine.add(request)
+    executor.fail_next = 100
+    answers = run_to_end(engine, max_steps=10)
+    assert answers.ends[request.id].finish_reason is FinishReason.ERROR
+    assert "3 times in a row" in (answers.ends[request.id].error or "")
+    executor.fail_next = 0
+    after = make_request([1, 2, 3])
+    engine.add(after)
+    assert run_to_end(engine).tokens[after.id] == expected_answer([1, 2, 3], 8)
+
+
+def test_an_executor_that_dies_while_idle_is_restarted_before_the_next_request() -> None:
+    engine, executor, _ = make_engine()
+    executor.lost = True
+    assert engine.executor_lost
+    assert engine.step() == []
+    assert executor.restarts == 1
+
+
+def test_an_executor_that_cannot_be_restarted_is_said_to_be_broken() -> None:
+    engine, executor, _ = make_engine()
+
+    def restart() -> None:
+        raise ExecutorLostError("no GPU left")
+
+    executor.restart = restart  # type: ignore[method-assign]
+    request = make_request([1])
+    engine.add(request)
+    executor.fail_next = 1
+    assert run_to_end(engine).ends[request.id].error == "no GPU left"
+    assert engine.broken
+
+
+def test_a_draft_does_not_take_the_block_that_somebody_needs() -> None:
+    engine, executor, _ = make_engine(InlineDrafter(oracle=True), num_blocks=16, max_num_seqs=2, max_num_batched_tokens=64)
+    # After their prompts 15 of 16 blocks are held. The first's draft could use the last one, the second's next token must.
+    engine.add(make_request([1] * 31, max_tokens=20))
+    engine.add(make_request([2] * 28, max_tokens=20))
+    engine.step()
+    engine.step()
+    assert len(executor.batches[-1].rows) == 2
+    assert engine.stats.preemptions == 0
+
+
+def test_nobody_is_displaced_in_vain() -> None:
+    engine, _, _ = make_engine(num_blocks=16, max_num_seqs=3)
+    engine.add(make_request([1] * 30, max_tokens=30, slo_class="critical"))
+    engine.add(make_request([2] * 8, max_tokens=4))
+    engine.step()
+    engine.add(make_request([3] * 40, max_tokens=4, slo_class="critical"))
+    engine.step()
+    assert engine.stats.preemptions == 0
+
+
+def test_drafts_behind_a_stop_token_do_not_count_as_accepted() -> None:
+    engine, _, _ = make_engine(InlineDrafter(oracle=True))
+    answer = expected_answer([3, 1, 4, 1], 4)
+    assert answer[2] not in answer[:2]
+    request = make_request([3, 1, 4, 1], max_tokens=20, stop_token_ids=(answer[2],))
+    engine.add(request)
+    answers = run_to_end(engine)
+    assert answers.tokens[request.id] == answer[:3]
+    assert answers.ends[request.id].usage.accepted_draft_tokens == 2

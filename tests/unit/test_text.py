@@ -6,6 +6,7 @@ from edge import write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tailserve.deployments.responses import TextPosition
 from tailserve.deployments.text import Detokenizer, StopStrings, TextModel
 from tailserve.engine.errors import ConfigError, InvalidRequestError
 
@@ -59,6 +60,15 @@ def test_stop_strings_are_found_wherever_the_pieces_end(text: str, stops: list[s
         assert len(shown) >= first
 
 
+def test_broken_bytes_do_not_take_the_next_character_along(text: TextModel) -> None:
+    alphabet = text.tokenizer.get_vocab()
+    emoji = text.encode("\N{GRINNING FACE}ok", add_special_tokens=False)
+    lone = [alphabet["ÿ"]]  # the byte 0xff
+    detokenizer = Detokenizer(text.decode)
+    pieces = [detokenizer.push([token]) for token in lone + emoji] + [detokenizer.push([], final=True)]
+    assert "".join(pieces) == text.decode(lone + emoji) == "\ufffd\N{GRINNING FACE}ok"
+
+
 def test_a_possible_stop_string_is_held_back() -> None:
     checker = StopStrings(["END"])
     assert checker.push("the E") == ("the ", None)
@@ -67,10 +77,37 @@ def test_a_possible_stop_string_is_held_back() -> None:
     assert checker.push("EN", final=True) == ("EN", None)
 
 
+def test_token_bytes(text: TextModel) -> None:
+    tokens = text.encode("é ", add_special_tokens=False)
+    assert b"".join(text.token_bytes(token) for token in tokens) == "é ".encode()
+    assert text.token_bytes(tokens[0]) == "é".encode()[:1]
+
+
+def test_offsets_count_characters_once_they_are_whole() -> None:
+    position = TextPosition()
+    assert [position.advance(token) for token in (b"a", *(bytes([b]) for b in "\N{GRINNING FACE}".encode()), b"b")] == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        2,
+    ]
+
+
 def test_templates_are_rendered_and_may_refuse(text: TextModel) -> None:
     assert text.render_chat([{"role": "user", "content": "hi"}]) == "<user>hi<assistant>"
     with pytest.raises(InvalidRequestError, match="system must be first"):
         text.render_chat([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}])
+
+
+def test_templates_for_training_render_too(tmp_path: Path) -> None:
+    directory = write_tokenizer(tmp_path)
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{% if tools %}T{% endif %}"
+    )
+    (directory / "chat_template.jinja").write_text(template)
+    assert TextModel(directory).render_chat([{"role": "user", "content": "hi"}]) == "hi"
 
 
 def test_a_directory_without_tokenizer_says_what_to_do(tmp_path: Path) -> None:
