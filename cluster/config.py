@@ -128,8 +128,10 @@ def read_config_file(path: str) -> dict[str, Any]:
     """A YAML mapping. ConfigError if the file cannot be read or holds something else."""
     try:
         data = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error}", param="config") from None
+    if data is None:
+        return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds no mapping: write `key: value` lines", param="config")
     return data

@@ -63,11 +63,18 @@ def _parser() -> argparse.ArgumentParser:
         "model", nargs="?", help="directory or hub name of a transformers model (default: a small demo model)"
     )
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    serve.add_argument("--port", type=int, default=8000, help="port to listen on")
+    serve.add_argument("--port", type=_port, default=8000, help="port to listen on")
     serve.add_argument("--config", help="YAML file with the fields of the configuration; flags win over it")
     for flag, options in _FLAGS:
         serve.add_argument(flag, default=argparse.SUPPRESS, **options)
     return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{port} is no port: give 1 to 65535")
+    return port
 
 
 def resolve_config(args: argparse.Namespace) -> TailserveConfig:

@@ -23,6 +23,7 @@ from tailserve.deployments.openai import (
 from tailserve.deployments.responses import ResponseFormat, event_stream, whole_response
 from tailserve.deployments.service import Service
 from tailserve.engine.errors import (
+    BodyTooLargeError,
     InvalidRequestError,
     NotFoundError,
     NotReadyError,
@@ -31,6 +32,7 @@ from tailserve.engine.errors import (
 )
 
 STATUS: list[tuple[type[TailserveError], int, str]] = [
+    (BodyTooLargeError, 413, "invalid_request_error"),
     (InvalidRequestError, 400, "invalid_request_error"),
     (NotFoundError, 404, "not_found_error"),
     (QueueFullError, 429, "rate_limit_error"),
@@ -129,7 +131,7 @@ async def _body(request: Request) -> bytes:
     async for part in request.stream():
         data += part
         if len(data) > MAX_BODY_BYTES:
-            raise InvalidRequestError(f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large")
+            raise BodyTooLargeError(f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")
     return bytes(data)
 
 

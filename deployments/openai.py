@@ -13,30 +13,28 @@ from pydantic_core import ErrorDetails
 from tailserve.engine.errors import InvalidRequestError
 from tailserve.engine.types import SamplingParams
 
-UNSUPPORTED = frozenset(
-    [
-        "tools",
-        "tool_choice",
-        "functions",
-        "function_call",
-        "parallel_tool_calls",
-        "logit_bias",
-        "modalities",
-        "audio",
-        "prediction",
-        "reasoning_effort",
-        "verbosity",
-        "web_search_options",
-        "repetition_detection",
-        "echo",
-        "suffix",
-        "best_of",
-    ]
-)
-"""Fields of the API that are not built yet. They are refused rather than ignored."""
+UNSUPPORTED: dict[str, list[Any]] = {
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "logit_bias": [{}],
+    "modalities": [["text"]],
+    "audio": [],
+    "prediction": [],
+    "reasoning_effort": ["none"],
+    "verbosity": ["medium"],
+    "web_search_options": [],
+    "repetition_detection": [],
+    "echo": [False],
+    "suffix": [""],
+    "best_of": [1],
+}
+"""Fields of the API that are not built yet, with the values that ask for nothing. Others are refused, not ignored."""
 
 Body = TypeVar("Body", bound=BaseModel)
-_TokenId = Annotated[int, Field(ge=0)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -46,6 +44,8 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+    include_obfuscation: bool = False
+    """Accepted, without effect."""
     continuous_usage_stats: bool = False
 
 
@@ -65,7 +65,7 @@ class GenerationBody(_Strict):
     user: str | None = Field(default=None, max_length=256)
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     # Extensions.
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, lt=2**31)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     ignore_eos: bool = False
@@ -128,12 +128,13 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
-    # Empty parts of an answer that a client sends back as part of the history.
-    refusal: None = None
-    annotations: None = None
+    # Parts of an answer that a client sends back as history; nothing of them reaches the template.
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    reasoning_content: str | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -213,14 +214,18 @@ def parse_body(kind: type[Body], data: bytes) -> Body:
         raise InvalidRequestError(f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
-    for name in fields.keys() & UNSUPPORTED:
-        if fields[name] is not None:
+    for name in fields.keys() & UNSUPPORTED.keys():
+        if fields[name] is not None and fields[name] not in UNSUPPORTED[name]:
             raise InvalidRequestError(f"{name} is not supported yet", param=name, code="unsupported_parameter")
+        del fields[name]
+    # In OpenAI's API null is as good as absent.
+    fields = {name: value for name, value in fields.items() if value is not None or name not in kind.model_fields}
     if fields.get("response_format") not in (None, {"type": "text"}):
         message = "response_format is not supported yet, but for text"
         raise InvalidRequestError(message, param="response_format", code="unsupported_parameter")
     try:
-        return kind.model_validate_json(data)
+        # From JSON again: strictness knows that JSON has no tuples and enumerations.
+        return kind.model_validate_json(msgspec.json.encode(fields))
     except ValidationError as error:
         problem = _plainest(error)
         field = ".".join(str(part) for part in problem["loc"] if not _UNION_BRANCH.search(str(part)))

@@ -21,6 +21,7 @@ from tailserve.engine.errors import InvalidRequestError, NotFoundError, NotReady
 from tailserve.engine.sessions import sharing_scope
 from tailserve.engine.types import ModelInfo, Request, SamplingParams
 
+MAX_CHOICES = 128
 LONG_TEXT = 8192
 """Characters from which tokenizing goes to a thread, so that other requests' tokens are not held up."""
 
@@ -49,11 +50,16 @@ class Service:
         info = self.ready_info()
         self._check_model(body.model)
         slo_class = self._slo_class(body, headers)
-        request_id = body.request_id or headers.get("x-request-id") or uuid.uuid4().hex
+        request_id = body.request_id or _short(headers, "x-request-id", 128) or uuid.uuid4().hex
         prompts = await self._prompts(body)
         choices = [prompt for prompt in prompts for _ in range(body.n)]
+        if len(choices) > MAX_CHOICES:
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts with n={body.n} are {len(choices)} answers; at most {MAX_CHOICES} in one request",
+                param="n",
+            )
         timeout_s = _timeout(headers)
-        session = body.session_id or headers.get("x-session-id")
+        session = body.session_id or _short(headers, "x-session-id", 256)
         requests = []
         unique = uuid.uuid4().hex
         for index, prompt in enumerate(choices):
@@ -194,6 +200,13 @@ def _too_long(num_tokens: str, limit: int) -> InvalidRequestError:
         param="prompt",
         code="context_length_exceeded",
     )
+
+
+def _short(headers: Mapping[str, str], name: str, limit: int) -> str | None:
+    value = headers.get(name)
+    if value is not None and len(value) > limit:
+        raise InvalidRequestError(f"{name} has {len(value)} characters, at most {limit} are allowed", param=name)
+    return value
 
 
 def _timeout(headers: Mapping[str, str]) -> float | None:

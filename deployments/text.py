@@ -183,7 +183,11 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first of several strings in streamed text, and holds back what may become one."""
+    """Finds which of several strings is complete first in streamed text, and holds back what may become one.
+
+    Where two are complete at the same character the longer one counts. So the result does not depend on how the text comes
+    in pieces.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -194,9 +198,9 @@ class StopStrings:
         if not self._stops:
             return text, None
         text = self._held + text
-        found = [(index, stop) for stop in self._stops if (index := text.find(stop)) >= 0]
+        found = [(index + len(stop), index, stop) for stop in self._stops if (index := text.find(stop)) >= 0]
         if found:
-            index, stop = min(found)
+            _, index, stop = min(found)
             self._held = ""
             return text[:index], stop
         keep = 0 if final else self._possible_start(text)

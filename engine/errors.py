@@ -4,6 +4,7 @@ TailserveError
 ├── ConfigError            the configuration cannot work; names the field and the remedy
 ├── UnsupportedModelError  the model cannot run in packed batches
 ├── InvalidRequestError    the client must change the request (HTTP 400)
+│   └── BodyTooLargeError  (413)
 ├── NotFoundError          no such model or request (404)
 ├── QueueFullError         the class is saturated (429); carries when to try again
 ├── NotReadyError          nothing can serve the request yet (503); carries when to try again
@@ -48,6 +49,10 @@ class UnsupportedModelError(TailserveError):
 
 class InvalidRequestError(TailserveError):
     code = "invalid_request"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    code = "body_too_large"
 
 
 class NotFoundError(TailserveError):

@@ -50,6 +50,41 @@ async def test_an_answer_can_be_sent_back_as_history(edge: Edge) -> None:
     assert response.usage.prompt_tokens > 19
 
 
+async def test_what_asks_for_nothing_is_accepted(edge: Edge) -> None:
+    harmless = {
+        "tools": [],
+        "tool_choice": "none",
+        "logit_bias": None,
+        "modalities": ["text"],
+        "temperature": None,
+        "n": None,
+    }
+    message = {"role": "assistant", "content": "yo", "refusal": "", "annotations": [], "tool_calls": []}
+    body = {"messages": [*USER, message, *USER], "max_tokens": 1, "stream_options": {"include_obfuscation": False}}
+    response = await edge.http.post("/v1/chat/completions", json=body | harmless)
+    assert response.status_code == 200, response.text
+    response = await edge.http.post("/v1/completions", json={"prompt": "a", "echo": False, "suffix": "", "best_of": 1})
+    assert response.status_code == 200, response.text
+    unknown = await edge.http.post("/v1/completions", json={"prompt": "a", "speed": None})
+    assert unknown.json()["error"]["code"] == "unknown_parameter"
+
+
+async def test_one_request_cannot_take_the_whole_queue(edge: Edge) -> None:
+    response = await edge.http.post("/v1/completions", json={"prompt": ["a"] * 64, "n": 16})
+    assert "1024 answers; at most 128" in response.json()["error"]["message"]
+
+
+async def test_headers_have_the_limits_of_the_fields(edge: Edge) -> None:
+    response = await edge.http.post("/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "x" * 129})
+    assert response.json()["error"]["param"] == "x-request-id"
+
+
+async def test_a_body_that_is_too_large(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailserve.deployments.http.MAX_BODY_BYTES", 100)
+    response = await edge.http.post("/v1/completions", json={"prompt": "a" * 200})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
 async def test_too_many_prompts_are_told_the_limit(edge: Edge) -> None:
     response = await edge.http.post("/v1/completions", json={"prompt": ["a"] * 65})
     error = response.json()["error"]
@@ -136,6 +171,8 @@ async def test_abort_request(edge: Edge) -> None:
         ({"speed": 1}, "speed", "unknown_parameter"),
         ({"tools": [{}]}, "tools", "unsupported_parameter"),
         ({"n": 0}, "n", "invalid_value"),
+        ({"top_k": 10**30}, "top_k", "invalid_value"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
         ({"n": True}, "n", "invalid_value"),
         ({"temperature": "0.5"}, "temperature", "invalid_value"),
         ({"stop": ["x"] * 17}, "stop", "invalid_value"),
