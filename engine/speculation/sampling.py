@@ -25,16 +25,22 @@ class SamplingPoint:
     """Output tokens before it."""
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
-    """One number in the open interval (0, 1) for each (seed, position), and nothing else.
+def exponentials(seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device) -> torch.Tensor:
+    """Standard exponential noise [rows, vocab], float32: a function of (seed, position, token) and nothing else.
 
-    SplitMix64 (Steele et al. 2014) over the seed, then over the mixed seed plus the position, so that neighbouring seeds
-    and positions share nothing. The half added to 53 random bits keeps 0 and 1 out.
+    SplitMix64 (Steele et al. 2014) turns seed and position into two keys of 32 bits, and two rounds of the lowbias32 hash
+    (Wellons 2018) mix each token with them. 23 bits make a uniform number whose half step keeps 0 and 1 out.
     """
     with np.errstate(over="ignore"):
         mixed = _splitmix64(np.asarray(seeds, np.uint64))
-        bits = _splitmix64(mixed ^ (np.asarray(positions, np.uint64) * _GOLDEN))
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        keys = _splitmix64(mixed ^ (np.asarray(positions, np.uint64) * _GOLDEN))
+    halves = torch.from_numpy(keys.view(np.int32).reshape(-1, 2).copy()).to(device)
+    bits = torch.arange(vocab, dtype=torch.int32, device=device) ^ halves[:, :1]
+    _mix32(bits)
+    bits ^= halves[:, 1:]
+    _mix32(bits)
+    uniform = (((bits >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
+    return uniform.log_().neg_()
 
 
 def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -42,6 +48,15 @@ def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def _mix32(bits: torch.Tensor) -> None:
+    """lowbias32, in place. int32 multiplication wraps; the masks make its arithmetic shifts logical ones."""
+    bits ^= (bits >> 16) & 0xFFFF
+    bits *= 0x7FEB352D
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits *= 0x846CA68B - (1 << 32)
+    bits ^= (bits >> 16) & 0xFFFF
 
 
 def apply_penalties(
@@ -104,18 +119,14 @@ def distribution(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torc
     return probs / probs.sum(-1, keepdim=True)
 
 
-def draw(probs: torch.Tensor, noise: npt.NDArray[np.float64]) -> torch.Tensor:
-    """Token ids [rows] by inverse transform, in order of token id.
+def draw(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Token ids [rows]: each token's exponential clock runs at the rate of its probability, and the first to ring wins.
 
-    Token order, not order of likelihood: rounding that swaps two tokens of nearly equal probability then moves a boundary
-    by an ulp instead of exchanging their intervals. Summed in float64 for the same reason.
+    Equivalent to the Gumbel-max trick. Rounding in another batch shape changes the winner only where two clocks ring within
+    that rounding of each other; with inverse transform sampling it would move every boundary of a cumulative sum over the
+    vocabulary, and answers would depend on the batch every few hundred tokens.
     """
-    cdf = probs.double().cumsum(-1)
-    target = torch.from_numpy(noise).to(cdf.device).unsqueeze(-1) * cdf[:, -1:]
-    index = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-    # Rounding may put the target at the very end, behind the last token that has any probability.
-    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(index, last)
+    return (probs / noise).argmax(-1)
 
 
 def sample(logits: torch.Tensor, points: Sequence[SamplingPoint]) -> list[int]:
@@ -126,8 +137,8 @@ def sample(logits: torch.Tensor, points: Sequence[SamplingPoint]) -> list[int]:
     if random:
         chosen = [points[i] for i in random]
         probs = distribution(logits[random], [point.params for point in chosen])
-        noise = uniforms([point.params.seed for point in chosen], [point.position for point in chosen])
-        tokens[random] = draw(probs, noise)
+        seeds, positions = [point.params.seed for point in chosen], [point.position for point in chosen]
+        tokens[random] = draw(probs, exponentials(seeds, positions, probs.shape[-1], probs.device))
     result: list[int] = tokens.tolist()
     return result
 
