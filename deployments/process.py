@@ -140,6 +140,7 @@ class ModelProcess(Generic[Outgoing, Incoming]):
     def kill(self) -> None:
         """Ends the actor, whatever it is doing, and closes the channel."""
         if self._actor is not None:
+            self._ended.set()
             ray.kill(self._actor)
             self._actor = None
         if self.channel is not None:
@@ -149,6 +150,6 @@ class ModelProcess(Generic[Outgoing, Incoming]):
 
 def _note_end(name: str, ended: threading.Event, future: Future[None]) -> None:
     error = future.exception()
-    if error is not None:
+    if error is not None and not ended.is_set():
         logger.warning("the %s process ended: %s", name, error)
     ended.set()

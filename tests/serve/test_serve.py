@@ -125,7 +125,7 @@ async def test_a_client_that_leaves_frees_its_sequence_within_two_steps(
         steps.append(after["stats"]["steps"] - left["stats"]["steps"])
     with capsys.disabled():
         print(f"\nsteps between leaving and free blocks, the one under way included: {steps}")
-    assert min(steps) <= 2
+    assert sorted(steps)[1] <= 2, "the client side takes a step more now and then, not as a rule"
 
 
 async def test_a_critical_request_takes_a_slot_and_the_displaced_one_completes(
