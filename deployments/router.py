@@ -15,6 +15,7 @@ from ray import serve
 
 from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config
+from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.draft import DraftLink, DraftOptions
 from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.loop import EngineLoop
@@ -48,6 +49,7 @@ class Router:
         except BaseException:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
+        keep_collector_out_of_steps()
         self._sweeper = asyncio.create_task(self._sweep())
 
     def _start(self) -> None:

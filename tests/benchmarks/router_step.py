@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from fakes import engine_config, make_request
 
+from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.streams import Outboxes
 from tailserve.engine.engine import Engine
 from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
@@ -80,8 +81,8 @@ async def measure(num_running: int, context: int, *, speculate: bool, steps: int
     config = engine_config(
         max_num_seqs=num_running,
         max_num_batched_tokens=num_running * (NUM_DRAFTS + 1) + 512,
-        max_model_len=context + steps * 5 + 64,
-        num_blocks=num_running * ((context + steps * 5) // 16 + 8),
+        max_model_len=context + steps * 5 + 80,
+        num_blocks=num_running * ((context + steps * 5) // 16 + 10),
         block_size=16,
         num_speculative_tokens=NUM_DRAFTS if speculate else 0,
     )
@@ -90,7 +91,8 @@ async def measure(num_running: int, context: int, *, speculate: bool, steps: int
     outboxes = Outboxes()
     outboxes.open_request("ingress")
     for n in range(num_running):
-        engine.add(make_request([n % 50 + 1] * context, max_tokens=10**6))
+        # Lengths differ, as users' do: not all sequences need their next block in the same step.
+        engine.add(make_request([n % 50 + 1] * (context + n % 16), max_tokens=10**6))
     while any(seq.num_pending > 1 for seq in engine.scheduler.residency.running) or engine.scheduler.residency.waiting:
         engine.step()
     for line in (executor.sent, drafter.sent):
@@ -113,6 +115,7 @@ async def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
+    keep_collector_out_of_steps()
     print(f"{'running':>8} {'context':>8} {'drafts':>7} {'p50 ms':>8} {'p99 ms':>8} {'bytes p50':>10}")
     for num_running, context in ((1, 64), (32, 64), (32, 4000), (1024, 64), (1024, 512)):
         for speculate in (False, True):
