@@ -11,8 +11,8 @@ YOUNG = 100_000
 def keep_collector_out_of_steps() -> None:
     """Spares everything that lives now, and makes collections rare.
 
-    With the default thresholds a collection of all objects comes every hundred steps or so and takes 15 ms with 1,024 running
-    sequences; a step takes 4. Reference counting frees nearly everything: cycles come from exceptions and tasks only.
+    With the default thresholds a collection of all objects comes every hundred steps or so, and takes 15 ms with 1,024
+    running sequences; a step takes 4. Reference counting frees nearly everything: cycles come from exceptions and tasks.
     """
     gc.collect()
     gc.freeze()
