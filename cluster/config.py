@@ -96,6 +96,11 @@ class TailserveConfig(_Strict):
         for field, name in used.items():
             if name not in names:
                 raise ValueError(f"{field} is {name!r}, which is no class of slo_classes ({', '.join(names)})")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs ({self.max_num_seqs}): every "
+                "running sequence needs a token per step; raise the former or lower the latter"
+            )
         if isinstance(self.speculation, int) and not 0 <= self.speculation <= 32:
             raise ValueError(f"speculation is {self.speculation}: use auto, off, or 1 to 32 draft tokens")
         return self

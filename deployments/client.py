@@ -79,14 +79,12 @@ class RouterClient:
             self._readers[instance] = self._spawn(self._read_stream(instance))
 
     async def _read_stream(self, instance: str) -> None:
-        error = "the instance that ran the request ended its stream"
         try:
             async for data in self._calls.stream(self._ingress, instance=instance):
                 self._dispatch(self._decoder.decode(data), instance)
         except Exception as failure:  # noqa: BLE001 (whatever broke it, its requests must end)
             logger.warning("the stream of instance %s broke: %s", instance, failure)
-            error = f"the instance that ran the request is gone: {failure}"
-            self._fail(instance, error)
+            self._fail(instance, f"the instance that ran the request is gone: {failure}")
         finally:
             del self._readers[instance]
         # The router closes an idle stream; a request may have been accepted there at the same moment.

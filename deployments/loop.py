@@ -33,8 +33,7 @@ class EngineLoop:
         self._engine = engine
         self._classes = {slo.name: slo for slo in classes}
         self._publish = publish
-        self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        self._work = threading.Condition()
         self._requests: list[tuple[Request, float]] = []
         self._aborts: list[str] = []
         self._abort_ingresses: list[str] = []

@@ -128,6 +128,7 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         self.channel = Channel(endpoint, self._incoming, bind=True)
         actor.serve.remote(endpoint).future().add_done_callback(partial(_note_end, self.name, self._ended))
         if not self.channel.wait_connected(CONNECT_TIMEOUT_S):
+            self.kill()
             raise ExecutorLostError(f"the {self.name} process did not open its channel within {CONNECT_TIMEOUT_S:g} s")
         logger.info("the %s is up after %.1f s", self.name, time.monotonic() - begin)
         return info

@@ -41,7 +41,6 @@ class ResponseFormat:
     model: str
     body: GenerationBody
     text: TextModel
-    slo_class: str
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

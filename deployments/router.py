@@ -24,7 +24,7 @@ from tailserve.deployments.streams import ORPHAN_S, Outboxes
 from tailserve.deployments.verifier import VerifierExecutor
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.engine import Engine
-from tailserve.engine.errors import ConfigError, NotReadyError, TailserveError
+from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.types import ModelInfo, Request
 
@@ -207,11 +207,6 @@ def engine_settings(config: TailserveConfig, info: ModelInfo) -> EngineConfig:
 
 def deployment(config: TailserveConfig) -> Any:
     """The Serve application node of `num_instances` routers."""
-    if config.max_num_batched_tokens < config.max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens={config.max_num_batched_tokens} is below max_num_seqs={config.max_num_seqs}",
-            param="max_num_batched_tokens",
-        )
     node: Any = serve.deployment(
         Router,
         name="Router",

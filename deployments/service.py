@@ -87,7 +87,7 @@ class Service:
         self._track(request_id, generation)
         await generation.start()
         prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
-        return ResponseFormat(f"{prefix}-{request_id}", self.model, body, self._text, slo_class), generation
+        return ResponseFormat(f"{prefix}-{request_id}", self.model, body, self._text), generation
 
     async def abort(self, request_id: str) -> None:
         """Ends a request by the id its client knows. NotFoundError if no such request runs here."""

@@ -117,7 +117,7 @@ class Scheduler:
             work.append(Scheduled(seq, seq.row, seq.num_computed, length, []))
             index += 1
         # Drafts come last: they must not take the block or the token that somebody needs.
-        for entry in work:
+        for entry in work if drafts else ():
             entry.draft.extend(self._fit_draft(entry.seq, drafts, spare, new_blocks))
             spare -= len(entry.draft)
         return self._pack(work, new_blocks)

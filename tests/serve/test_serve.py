@@ -134,17 +134,17 @@ async def test_a_critical_request_takes_a_slot_and_the_displaced_one_completes(
     normal = [asyncio.create_task(stream_text(client, PROMPTS[n % 8], max_tokens=40)) for n in range(SLOTS)]
     while (await server.status())["load"]["num_running"] < SLOTS:
         await asyncio.sleep(0.02)
-    steps = (await server.status())["stats"]["steps"]
+    before = (await server.status())["stats"]
     stream = await client.completions.create(
         model=MODEL, prompt="Stop!", max_tokens=3, stream=True, extra_headers={"X-SLO-Class": "critical"}
     )
     async for _ in stream:
-        first_token_steps = (await server.status())["stats"]["steps"] - steps
+        first_token_steps = (await server.status())["stats"]["steps"] - before["steps"]
         break
     async for _ in stream:
         pass
     assert first_token_steps <= 10
-    assert (await server.status())["stats"]["preemptions"] > 0
+    assert (await server.status())["stats"]["preemptions"] > before["preemptions"]
     for n, (text, _) in enumerate(await asyncio.gather(*normal)):
         assert text == answers[n % 8]
 
@@ -162,7 +162,7 @@ async def test_a_model_process_that_dies_or_hangs_costs_no_stream(
 ) -> None:
     pid = (await server.processes())[victim]
     streams = [asyncio.create_task(stream_text(client, prompt, max_tokens=40)) for prompt in PROMPTS]
-    while (await server.status())["stats"]["generated_tokens"] == 0 or (await server.status())["load"]["num_running"] < 8:
+    while (await server.status())["load"]["num_running"] < 8:
         await asyncio.sleep(0.02)
     os.kill(pid, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
     results = await asyncio.gather(*streams)

@@ -38,6 +38,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
         ({"slo_classes": [{"name": "a", "priority": 1}]}, "ttft_s: Field required"),
         ({"default_class": "gold"}, "default_class is 'gold'.*critical, normal"),
         ({"service_tiers": {"flex": "gold"}}, "service_tiers.flex is 'gold'"),
+        ({"max_num_seqs": 600}, "max_num_batched_tokens is 512, below max_num_seqs"),
         ({"speculation": 99}, "use auto, off, or 1 to 32"),
         ({"speculation": "sometimes"}, "speculation"),
         ({"slo_classes": [{"name": n, "priority": 1, "ttft_s": 1, "tpot_s": 1} for n in "aa"]}, "twice"),
