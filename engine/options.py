@@ -15,7 +15,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda."""
     attention_backend: str = "auto"
-    """auto, cpu or reference."""
+    """auto, compiled, cpu or reference; see `tailserve.engine.model.loading`."""
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None

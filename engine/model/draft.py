@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tailserve.engine.blocks import BlockPool
-from tailserve.engine.model.paged import PagedModel, Span
+from tailserve.engine.model.paged import PagedModel
+from tailserve.engine.model.spans import Span
 from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
 
 
@@ -27,7 +28,7 @@ class ModelDrafter:
         self._model = model
         self._budget = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self._pool = BlockPool(model.cache.num_blocks, model.cache.block_size, enable_prefix_caching=False)
+        self._pool = BlockPool(model.num_blocks, model.block_size, enable_prefix_caching=False)
         self._rows: dict[int, _Row] = {}
 
     def run(self, work: DraftWork) -> DraftResult:

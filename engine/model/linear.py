@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-_DTYPES = (torch.bfloat16, torch.float16)
-"""float32 stays as it is: its kernels gain nothing, and it is what exactness is checked in."""
+
+def _gains(dtype: torch.dtype) -> bool:
+    """float32 gains nothing; the narrow types need instructions of their own."""
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in supported and bool(supported[dtype]())
 
 
 class PrepackedLinear(nn.Module):
@@ -31,7 +37,7 @@ def prepack(model: nn.Module) -> int:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.weight.dtype in _DTYPES and child.weight.device.type == "cpu"
+        if type(child) is nn.Linear and child.weight.device.type == "cpu" and _gains(child.weight.dtype)
     ]
     for parent, name, child in found:
         setattr(parent, name, PrepackedLinear(child))

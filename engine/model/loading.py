@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 
@@ -12,12 +13,16 @@ from tailserve.engine.errors import ConfigError, UnsupportedModelError
 from tailserve.engine.model import attention
 from tailserve.engine.model.attention import AttentionBackend, KVCache
 from tailserve.engine.model.cpu import CpuBackend
+from tailserve.engine.model.decoder import CompiledDecoder, can_compile
 from tailserve.engine.model.linear import prepack
-from tailserve.engine.model.paged import PagedModel
+from tailserve.engine.model.paged import PagedModel, TransformersModel
+from tailserve.engine.model.paged_kernels import PAGE
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.selfcheck import check_packed, eager_logits
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.types import ModelInfo
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CPU_KV_BYTES = 1 << 30
@@ -46,34 +51,73 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     model.requires_grad_(False)
     if options.noise:
         _add_noise(model, options.noise)
-    expected = eager_logits(model)
-    model.set_attn_implementation(attention.NAME)
-    if device.type == "cpu":
-        prepack(model)
-    backend = _backend(options, device, dtype)
     layers, kv_heads, head_dim = _kv_shape(text)
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
     num_blocks = options.num_blocks or _num_blocks(options, device, per_token, max_model_len)
-    cache = KVCache(
-        num_layers=layers,
-        num_blocks=num_blocks,
-        block_size=options.block_size,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        device=device,
-    )
-    paged = PagedModel(model, cache, backend)
-    check_packed(paged, expected)
+    expected = eager_logits(model)
+    paged = _compiled(model, options, num_blocks, max_model_len, expected) or _interpreted(model, options, num_blocks)
+    if isinstance(paged, TransformersModel):
+        check_packed(paged, model, expected)
     info = ModelInfo(
         vocab_size=text.vocab_size,
         max_model_len=max_model_len,
         num_blocks=num_blocks,
         block_size=options.block_size,
         kv_bytes_per_token=per_token,
-        attention_backend=backend.name,
+        attention_backend=paged.backend,
     )
     return paged, info
+
+
+def _compiled(
+    model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int, expected: list[torch.Tensor]
+) -> PagedModel | None:
+    """The model as a compiled decoder, checked; None if it is not built for one, or the options ask for something else."""
+    wanted = options.attention_backend
+    if wanted not in ("auto", "compiled"):
+        return None
+    if not can_compile(model, options.block_size):
+        if wanted == "auto":
+            return None
+        raise ConfigError(
+            f"attention_backend='compiled' needs a CPU, bfloat16 or float32, a model built like Llama, and block_size in "
+            f"multiples of {PAGE}: use auto",
+            param="attention_backend",
+        )
+    num_threads = options.num_threads or os.cpu_count() or 1
+    paged = CompiledDecoder(
+        model,
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        max_model_len=max_model_len,
+        num_threads=num_threads,
+    )
+    try:
+        check_packed(paged, model, expected)
+    except UnsupportedModelError as error:
+        logger.info("the compiled decoder does not fit this model, so transformers' own modules run it: %s", error.message)
+        return None
+    # The compiled code has threads of its own, and two teams would take the cores from each other.
+    torch.set_num_threads(1)
+    return paged
+
+
+def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int) -> PagedModel:
+    layers, kv_heads, head_dim = _kv_shape(model.config.get_text_config(decoder=True))
+    backend = _backend(options, model.device, model.dtype)
+    cache = KVCache(
+        num_layers=layers,
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    model.set_attn_implementation(attention.NAME)
+    if model.device.type == "cpu":
+        prepack(model)
+    return TransformersModel(model, cache, backend)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -6,8 +6,9 @@ import time
 
 import torch
 
-from tailserve.engine.model.paged import PagedModel, Span
+from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.rows import Rows, RowWork
+from tailserve.engine.model.spans import Span
 from tailserve.engine.speculation.sampling import (
     SamplingPoint,
     apply_penalties,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from tailserve.deployments.models import resolve_model
 from tailserve.engine.model.loading import load_model
-from tailserve.engine.model.paged import Span
+from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
 
 NUM_TOKENS = 48

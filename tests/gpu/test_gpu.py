@@ -13,7 +13,7 @@ from tiny import TINY, save_model
 from transformers import LlamaConfig
 
 from tailserve.engine.model.loading import load_model
-from tailserve.engine.model.paged import Span
+from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packed import run_in_chunks
 from tiny import TINY, save_model
 
 from tailserve.engine.errors import ConfigError, UnsupportedModelError
 from tailserve.engine.model.loading import load_model
-from tailserve.engine.model.paged import Span
 from tailserve.engine.options import LoadOptions
 
 WINDOW = 24
@@ -54,24 +54,10 @@ def test_packed_batches_agree_with_eager(kind: str, backend: str, tmp_path: Path
     # Loading runs the self-check; this goes further: real windows, three sequences, odd chunks, shuffled blocks.
     paged, _ = load_model(LoadOptions(path=path, dtype="float32", attention_backend=backend, block_size=8, num_blocks=64))
     eager = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(3)
-    lengths, order = (5, 70, 33), torch.randperm(64, generator=generator).tolist()
-    sequences = [torch.randint(96, (length,), generator=generator).tolist() for length in lengths]
-    tables = [order[0:1], order[1:10], order[10:15]]
-    cuts = [[0, 2, 5], [0, 41, 70], [0, 30, 33]]
-    rows: list[list[torch.Tensor]] = [[], [], []]
-    for turn in range(2):
-        spans = [
-            Span(tokens[cut[turn] : cut[turn + 1]], cut[turn], table, cut[turn + 1] - cut[turn])
-            for tokens, table, cut in zip(sequences, tables, cuts, strict=True)
-        ]
-        logits = paged.forward(spans).split([span.num_logits for span in spans])
-        for row, part in zip(rows, logits, strict=True):
-            row.append(part)
-    for tokens, row in zip(sequences, rows, strict=True):
+    for tokens, logits in run_in_chunks(paged, 96):
         with torch.no_grad():
             expected = eager(torch.tensor([tokens])).logits[0]
-        torch.testing.assert_close(torch.cat(row), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", SUPPORTED)

@@ -1,0 +1,150 @@
+"""Takes a transformers model built like Llama apart, into the arrays that the compiled decoder runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tailserve.engine.model.kernels import COLUMNS
+
+Array = npt.NDArray[Any]
+
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
+
+
+class DecoderWeights(NamedTuple):
+    """Panels [layers, P, steps, 32 * pair] and float32 vectors. `pair` is 2 for bfloat16 (its bits), 1 for float32."""
+
+    embedding: Array
+    """The head's panels themselves where the two are tied."""
+    input_norm: Array
+    """[layers, H]"""
+    qkv: Array
+    qkv_bias: Array
+    """[layers, N], or [layers, 0] without."""
+    query_norm: Array
+    """[layers, head_dim], or [layers, 0] without."""
+    key_norm: Array
+    output: Array
+    post_norm: Array
+    gate_up: Array
+    """A panel of gate, then the same columns of up, and so on."""
+    down: Array
+    final_norm: Array
+    """[H]"""
+    head: Array
+    cosines: Array
+    """[positions, rotary dimensions]"""
+    sines: Array
+
+
+def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    """Zeros whose memory begins at a cache line; numpy asks for huge pages where they are large."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    array = memory[begin : begin + size].view(dtype).reshape(shape)
+    array[...] = 0
+    return array
+
+
+def fits(model: PreTrainedModel) -> bool:
+    """Whether the model's modules are those of Llama and its kin: Llama, Mistral, Qwen 2 and 3, SmolLM and more.
+
+    What modules do not show (a multiplier, say) shows when answers are compared.
+    """
+    body: Any = getattr(model, "model", None)
+    if _children(model) != {"model", "lm_head"} or _children(body) != _BODY:
+        return False
+    if model.lm_head.bias is not None or not hasattr(body.norm, "variance_epsilon"):
+        return False
+    return all(_layer_fits(layer) for layer in body.layers) and len({sliding_window(y.self_attn) for y in body.layers}) == 1
+
+
+def _layer_fits(layer: Any) -> bool:
+    if _children(layer) != _LAYER or _children(layer.mlp) != _MLP or not _children(layer.self_attn) >= _ATTENTION:
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    head_norms = _children(attention) - _ATTENTION
+    plain = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return (
+        head_norms in (set(), _HEAD_NORMS)
+        and all(len(getattr(attention, name).weight) == attention.head_dim for name in head_norms)
+        and all(type(linear) is nn.Linear for linear in (attention.q_proj, attention.k_proj, attention.v_proj, *plain))
+        and all(linear.bias is None for linear in plain)
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+        and attention.head_dim % COLUMNS == 0
+        and mlp.gate_proj.out_features % COLUMNS == 0
+        and attention.q_proj.in_features % 2 == 0
+    )
+
+
+def read_weights(model: PreTrainedModel, positions: int) -> DecoderWeights:
+    """Packs the weights of a model that `fits`; rotary angles are for so many positions."""
+    body: Any = model.model
+    layers, attentions, mlps = body.layers, [y.self_attn for y in body.layers], [y.mlp for y in body.layers]
+    pair = 2 if model.dtype == torch.bfloat16 else 1
+    probe = torch.zeros(1, dtype=torch.float32, device=model.device)
+    cosines, sines = body.rotary_emb(probe, torch.arange(positions, device=model.device).unsqueeze(0))
+    head = _panels([model.lm_head.weight], pair)
+    tied = body.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+    def vectors(read: Callable[[Any], list[torch.Tensor | None]], owners: list[Any]) -> Array:
+        rows = [[part for part in read(owner) if part is not None] for owner in owners]
+        return np.stack([torch.cat(row).float().numpy() if row else np.empty(0, np.float32) for row in rows])
+
+    return DecoderWeights(
+        embedding=head if tied else _panels([body.embed_tokens.weight], pair),
+        input_norm=vectors(lambda y: [y.input_layernorm.weight], layers),
+        qkv=_panels([torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attentions], pair),
+        qkv_bias=vectors(lambda a: [a.q_proj.bias, a.k_proj.bias, a.v_proj.bias], attentions),
+        query_norm=vectors(lambda a: [a.q_norm.weight] if hasattr(a, "q_norm") else [], attentions),
+        key_norm=vectors(lambda a: [a.k_norm.weight] if hasattr(a, "k_norm") else [], attentions),
+        output=_panels([a.o_proj.weight for a in attentions], pair),
+        post_norm=vectors(lambda y: [y.post_attention_layernorm.weight], layers),
+        gate_up=_panels([_interleave(m.gate_proj.weight, m.up_proj.weight) for m in mlps], pair),
+        down=_panels([m.down_proj.weight for m in mlps], pair),
+        final_norm=body.norm.weight.float().numpy(),
+        head=head,
+        cosines=cosines[0].numpy(),
+        sines=sines[0].numpy(),
+    )
+
+
+def _panels(weights: list[torch.Tensor], pair: int) -> Array:
+    """Weights [N, K] of each layer as panels; columns that fill the last panel up are 0."""
+    columns, depth = weights[0].shape
+    count = -(-columns // COLUMNS)
+    out = aligned((len(weights), count, depth // pair, COLUMNS * pair), np.uint16 if pair == 2 else np.float32)
+    for layer, weight in enumerate(weights):
+        padded = nn.functional.pad(weight, (0, 0, 0, count * COLUMNS - columns))
+        packed = padded.view(count, COLUMNS, depth // pair, pair).transpose(1, 2).reshape(out.shape[1:])
+        out[layer] = packed.view(torch.uint16).numpy() if pair == 2 else packed.numpy()
+    return out
+
+
+def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    parts = [weight.view(-1, COLUMNS, weight.shape[1]) for weight in (gate, up)]
+    return torch.stack(parts, 1).reshape(-1, gate.shape[1])
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def sliding_window(attention: Any) -> int | None:
+    """Positions that a query sees, itself included. Some modules hold it, others read their configuration in each call."""
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    window: int | None = getattr(owner, "sliding_window", None)
+    return window

@@ -1,0 +1,148 @@
+"""The inner loop of every matrix product on a CPU, as LLVM code: a few rows times one panel of packed columns.
+
+Numba alone would not use the dot-product instructions (AVX512-BF16), nor keep a tile of sums in registers. The
+blocking is that of Goto and van de Geijn (Anatomy of high-performance matrix multiplication, 2008): a panel streams through
+once, and each of its vectors is used by every row of the tile.
+
+A panel holds 16 * `vectors` columns, 4 bytes of each column in a step: one float32 or two bfloat16 of consecutive k. So both
+kinds walk memory alike: 4 bytes of x a row, 64 * `vectors` bytes of the panel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import llvmlite.binding
+import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+# Numba's cache looks at the file of a function, not at the files of those it calls: compiled code would outlive a change of
+# them. So each state of these sources has a cache of its own.
+_sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+numba.config.CACHE_DIR = str(Path(__file__).parent / "__pycache__" / f"numba-{_sources.hexdigest()[:16]}")  # type: ignore[attr-defined]
+
+Kind = Literal["float32", "bfloat16"]
+
+LANES = 16
+HEIGHTS = (12, 8, 6, 4, 3, 2, 1)
+"""Rows of a tile: with two vectors of columns, 24 sums and the operands fit the 32 registers of AVX-512. Other numbers of
+rows are made of these: each costs seconds of compilation."""
+MAX_ROWS = HEIGHTS[0]
+
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_VF, _VI = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_Emit = Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
+
+HAS_BF16_DOT = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+
+
+def product(kind: Kind, vectors: int, *, accumulate: bool = False) -> Any:
+    """A function `f(rows, x, x_stride, panel, out, out_stride, steps)` for Numba code.
+
+    out[rows, 16 * vectors], float32, is set to, or with `accumulate` raised by, x[rows, steps] times the panel. All but
+    `rows` (one of HEIGHTS) and `steps` are addresses and strides in bytes.
+    """
+    emit = _EMITTERS[kind]
+
+    @intrinsic
+    def multiply(context, rows, x, x_stride, panel, out, out_stride, steps):  # type: ignore[no-untyped-def]
+        def codegen(_, builder, signature, args):  # type: ignore[no-untyped-def]
+            count, *rest = args
+            done = builder.append_basic_block("done")
+            choice = builder.switch(count, done)
+            for height in HEIGHTS:
+                block = builder.append_basic_block(f"rows{height}")
+                choice.add_case(ir.Constant(_I64, height), block)
+                builder.position_at_end(block)
+                _tile(builder, height, vectors, emit, accumulate, *rest)
+                builder.branch(done)
+            builder.position_at_end(done)
+            return _.get_dummy_value()
+
+        return types.void(*[types.intp] * 7), codegen
+
+    return multiply
+
+
+def _tile(
+    builder: ir.IRBuilder,
+    height: int,
+    vectors: int,
+    emit: _Emit,
+    accumulate: bool,
+    x: ir.Value,
+    x_stride: ir.Value,
+    panel: ir.Value,
+    out: ir.Value,
+    out_stride: ir.Value,
+    steps: ir.Value,
+) -> None:
+    def address(base: ir.Value, stride: ir.Value, row: int) -> ir.Value:
+        return builder.add(base, builder.mul(stride, ir.Constant(_I64, row)))
+
+    def pointer(row: int, column: int) -> ir.Value:
+        place = builder.add(address(out, out_stride, row), ir.Constant(_I64, 64 * column))
+        return builder.inttoptr(place, _VF.as_pointer())
+
+    cells = [(row, column) for row in range(height) for column in range(vectors)]
+    zero = ir.Constant(_VF, None)
+    begins = [builder.load(pointer(*cell), align=4) if accumulate else zero for cell in cells]
+    before = builder.block
+    loop, after = builder.append_basic_block("step"), builder.append_basic_block("store")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step, here, there = (builder.phi(_I64) for _ in range(3))
+    sums = [builder.phi(_VF) for _ in cells]
+    weights = []
+    for column in range(vectors):
+        place = builder.add(there, ir.Constant(_I64, 64 * column))
+        weights.append(builder.load(builder.inttoptr(place, _VI.as_pointer()), align=64))
+    ends = []
+    undefined = ir.Constant(_VI, ir.Undefined)
+    for row in range(height):
+        scalar = builder.load(builder.inttoptr(address(here, x_stride, row), _I32.as_pointer()), align=4)
+        first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
+        spread = builder.shuffle_vector(first, undefined, ir.Constant(_VI, None))
+        ends += [emit(builder, sums[row * vectors + column], weights[column], spread) for column in range(vectors)]
+    next_step = builder.add(step, ir.Constant(_I64, 1))
+    next_here = builder.add(here, ir.Constant(_I64, 4))
+    next_there = builder.add(there, ir.Constant(_I64, 64 * vectors))
+    builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, after)
+    for phi, begin, end in zip(
+        [step, here, there, *sums],
+        [ir.Constant(_I64, 0), x, panel, *begins],
+        [next_step, next_here, next_there, *ends],
+        strict=True,
+    ):
+        phi.add_incoming(begin, before)
+        phi.add_incoming(end, loop)
+    builder.position_at_end(after)
+    for cell, end in zip(cells, ends, strict=True):
+        builder.store(end, pointer(*cell), align=4)
+
+
+def _call(builder: ir.IRBuilder, name: str, kind: ir.VectorType, *args: ir.Value) -> ir.Value:
+    module = builder.module
+    if name not in module.globals:
+        ir.Function(module, ir.FunctionType(kind, [arg.type for arg in args]), name)
+    return builder.call(module.globals[name], args)
+
+
+def _float32(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+    return _call(builder, "llvm.fma.v16f32", _VF, builder.bitcast(weights, _VF), builder.bitcast(x, _VF), total)
+
+
+def _bfloat16(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+    if HAS_BF16_DOT:
+        return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VF, total, weights, x)
+    high, low = ir.Constant(_VI, [-65536] * LANES), ir.Constant(_VI, [16] * LANES)
+    total = _float32(builder, total, builder.shl(weights, low), builder.shl(x, low))
+    return _float32(builder, total, builder.and_(weights, high), builder.and_(x, high))
+
+
+_EMITTERS: dict[str, _Emit] = {"float32": _float32, "bfloat16": _bfloat16}

@@ -1,0 +1,125 @@
+"""The compiled decoder against transformers, and against itself in other batches."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numba import njit
+from packed import run_in_chunks
+from tiny import TINY, save_model
+
+from tailserve.engine.errors import ConfigError
+from tailserve.engine.model.decoder_weights import aligned
+from tailserve.engine.model.kernels import exp
+from tailserve.engine.model.loading import load_model
+from tailserve.engine.model.microkernel import HEIGHTS, LANES, product
+from tailserve.engine.model.paged import PagedModel
+from tailserve.engine.model.spans import Span
+from tailserve.engine.options import LoadOptions
+
+WIDE: dict[str, Any] = TINY | {"hidden_size": 128, "vocab_size": 100}
+"""Heads of 32 dimensions, and a vocabulary that does not fill its last panel."""
+FITTING = {
+    "llama": transformers.LlamaConfig(**WIDE),
+    "llama, tied, one KV head": transformers.LlamaConfig(**(WIDE | {"num_key_value_heads": 1}), tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**WIDE, sliding_window=24),
+    "qwen2": transformers.Qwen2Config(**WIDE),
+    "qwen3": transformers.Qwen3Config(**WIDE, head_dim=64),
+    "yarn": transformers.LlamaConfig(**WIDE, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
+}
+OTHERS = {
+    "another structure": transformers.Gemma2Config(**WIDE, head_dim=32),
+    "a multiplier that modules do not show": transformers.GraniteConfig(**WIDE, residual_multiplier=0.3),
+    "narrow heads": transformers.LlamaConfig(**TINY),
+}
+
+
+def _load(path: str, dtype: str, **more: Any) -> PagedModel:
+    return load_model(LoadOptions(path=path, dtype=dtype, num_blocks=64, **more))[0]
+
+
+@pytest.mark.parametrize("kind", FITTING)
+def test_agrees_with_eager_in_float32(kind: str, tmp_path: Path) -> None:
+    path = save_model(FITTING[kind], tmp_path)
+    paged = _load(path, "float32")
+    assert paged.backend == "compiled"
+    eager = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    for tokens, logits in run_in_chunks(paged, 100):
+        with torch.no_grad():
+            expected = eager(torch.tensor([tokens])).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_leaves_other_models_to_transformers(kind: str, tmp_path: Path) -> None:
+    path = save_model(OTHERS[kind], tmp_path)
+    assert _load(path, "float32").backend == "cpu"
+
+
+def test_backend_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = save_model(OTHERS["narrow heads"], tmp_path)
+    with pytest.raises(ConfigError, match="built like Llama") as caught:
+        _load(path, "float32", attention_backend="compiled")
+    assert caught.value.param == "attention_backend"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bits_do_not_depend_on_the_batch(dtype: str, tmp_path: Path) -> None:
+    paged = _load(save_model(FITTING["llama"], tmp_path), dtype)
+    for tokens, together in run_in_chunks(paged, 100):
+        whole = paged.forward([Span(tokens, 0, list(range(5)), len(tokens))])
+        assert torch.equal(together, whole)
+        one_by_one = [paged.forward([Span([token], n, list(range(5)), 1)]) for n, token in enumerate(tokens)]
+        assert torch.equal(together, torch.cat(one_by_one))
+
+
+def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path: Path) -> None:
+    path = save_model(FITTING["llama"], tmp_path)
+    exact, paged = _load(path, "float32"), _load(path, "bfloat16")
+    eager = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager")
+    ours, theirs = [], []
+    for (tokens, want), (_, got) in zip(run_in_chunks(exact, 100), run_in_chunks(paged, 100), strict=True):
+        with torch.no_grad():
+            theirs.append((eager(torch.tensor([tokens])).logits[0].float() - want).square().mean())
+        ours.append((got - want).square().mean())
+    assert sum(ours) < sum(theirs)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_product_equals_a_matrix_product(kind: Any) -> None:
+    pair = 2 if kind == "bfloat16" else 1
+    multiply, add = product(kind, 2), product(kind, 2, accumulate=True)
+
+    @njit
+    def run(rows, x, panel, out):  # type: ignore[no-untyped-def]
+        address, stride = x.ctypes.data, x.strides[0]
+        multiply(rows, address, stride, panel.ctypes.data, out.ctypes.data, out.strides[0], len(panel))
+        add(rows, address, stride, panel.ctypes.data, out.ctypes.data, out.strides[0], len(panel))
+
+    dtype = getattr(torch, kind)
+    weight = torch.randn(2 * LANES, 48).to(dtype)
+    packed = weight.view(2 * LANES, 48 // pair, pair).transpose(0, 1).reshape(48 // pair, -1).contiguous()
+    panel = aligned(tuple(packed.shape), np.uint16 if pair == 2 else np.float32)
+    panel[...] = packed.view(torch.uint16).numpy() if pair == 2 else packed.numpy()
+    for rows in HEIGHTS:
+        x = torch.randn(rows, 48).to(dtype)
+        out = np.full((rows + 1, 2 * LANES), 7.0, np.float32)
+        run(rows, x.view(torch.uint16).numpy() if pair == 2 else x.numpy(), panel, out)
+        expected = 2 * x.float() @ weight.float().T
+        torch.testing.assert_close(torch.from_numpy(out[:rows]), expected, rtol=1e-4, atol=1e-4)
+        assert (out[rows] == 7.0).all()
+
+
+def test_exp_is_exact_to_float32() -> None:
+    @njit
+    def run(x, out):  # type: ignore[no-untyped-def]
+        for i in range(len(x)):
+            out[i] = exp(x[i])
+
+    x = np.linspace(-80, 88, 20001, dtype=np.float32)
+    out = np.empty_like(x)
+    run(x, out)
+    np.testing.assert_allclose(out, np.exp(x.astype(np.float64)), rtol=3e-7)
