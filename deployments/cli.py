@@ -17,6 +17,7 @@ from typing import Any
 from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
 from tailserve.cluster.settings import settings
+from tailserve.deployments.bench import command as bench
 from tailserve.engine.errors import ConfigError, TailserveError
 
 logger = logging.getLogger("tailserve")
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--config", help="YAML file with the fields of the configuration; flags win over it")
     for flag, options in _FLAGS:
         serve.add_argument(flag, default=argparse.SUPPRESS, **options)
+    bench.add_arguments(commands.add_parser("bench", help="measure any OpenAI-compatible server under load"))
     return parser
 
 

@@ -27,10 +27,11 @@ class Workload:
     headers: dict[str, str] = field(default_factory=dict)
     body: dict[str, object] = field(default_factory=dict)
     """Further fields of the request."""
+    vocab_size: int = 10_000
 
     def request(self, chance: random.Random) -> dict[str, object]:
         return {
-            "prompt": [chance.randrange(100, 10_000) for _ in range(self.prompt_tokens)],
+            "prompt": [chance.randrange(self.vocab_size) for _ in range(self.prompt_tokens)],
             "max_tokens": self.output_tokens,
             "ignore_eos": True,
             "temperature": 0,
