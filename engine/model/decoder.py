@@ -12,10 +12,10 @@ from numba import njit
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
-from tailserve.engine.model.kernels import COLUMNS, add_norm, embed, gated, linear
-from tailserve.engine.model.microkernel import MAX_ROWS
-from tailserve.engine.model.paged_kernels import PAGE, attend, split_heads
+from tailserve.engine.model.kernels import add_norm, embed, gated, linear
+from tailserve.engine.model.paged_kernels import attend, split_heads
 from tailserve.engine.model.spans import Span, pack
+from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
 
 DTYPES = (torch.bfloat16, torch.float32)
 

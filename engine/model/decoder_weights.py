@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tailserve.engine.model.kernels import COLUMNS
+from tailserve.engine.model.tiles import COLUMNS, DEPTH
 
 Array = npt.NDArray[Any]
 
@@ -86,7 +86,7 @@ def _layer_fits(layer: Any) -> bool:
         and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and attention.head_dim % COLUMNS == 0
         and mlp.gate_proj.out_features % COLUMNS == 0
-        and attention.q_proj.in_features % 2 == 0
+        and attention.q_proj.in_features % DEPTH == 0
     )
 
 

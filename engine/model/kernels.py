@@ -16,15 +16,10 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from tailserve.engine.model.microkernel import HEIGHTS, LANES, MAX_ROWS, product
-
-COLUMNS = 2 * LANES
-"""Columns of a panel of weights."""
+from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, multiply
 
 FASTMATH = {"reassoc", "contract", "nsz", "nnan", "ninf"}
 """No approximate division: vectors would use it and what is left behind the last vector would not."""
-
-_multiply_float32, _multiply_bfloat16 = product("float32", 2), product("bfloat16", 2)
 
 
 def exp(x):  # pragma: no cover
@@ -70,28 +65,6 @@ def _store(target, row, column, line):  # pragma: no cover
     return wide
 
 
-def tile(x, begin, rows, panel, steps, out, out_stride):
-    """Rows begin : begin + rows of x [T, K] times the panel at an address, to an address. rows <= MAX_ROWS."""
-    raise NotImplementedError
-
-
-@overload(tile)
-def _tile(x, begin, rows, panel, steps, out, out_stride):  # pragma: no cover
-    multiply = _multiply_bfloat16 if x.dtype == types.uint16 else _multiply_float32
-
-    def run(x, begin, rows, panel, steps, out, out_stride):
-        stride = x.strides[0]
-        address = x.ctypes.data + begin * stride
-        for height in HEIGHTS:
-            while rows >= height:
-                multiply(height, address, stride, panel, out, out_stride, steps)
-                rows -= height
-                address += height * stride
-                out += height * out_stride
-
-    return run
-
-
 @njit(parallel=True, cache=True, nogil=True)
 def linear(x, panels, layer, out):  # pragma: no cover
     """out [T, 32 P], float32 = x [T, K] times panels [L, P, steps, 32 * pair] of one layer."""
@@ -103,7 +76,7 @@ def linear(x, panels, layer, out):  # pragma: no cover
         panel, part = task // tiles, task % tiles
         begin = part * MAX_ROWS
         rows = min(MAX_ROWS, tokens - begin)
-        tile(x, begin, rows, base + panel * stride, steps, target + begin * out_stride + panel * 4 * COLUMNS, out_stride)
+        multiply(x, begin, rows, base + panel * stride, steps, target + begin * out_stride + panel * 4 * COLUMNS, out_stride)
 
 
 @njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
@@ -117,8 +90,8 @@ def gated(x, panels, layer, out):  # pragma: no cover
         begin = part * MAX_ROWS
         rows = min(MAX_ROWS, tokens - begin)
         gate, up = np.empty(MAX_ROWS * COLUMNS, np.float32), np.empty(MAX_ROWS * COLUMNS, np.float32)
-        tile(x, begin, rows, base + 2 * panel * stride, steps, gate.ctypes.data, 4 * COLUMNS)
-        tile(x, begin, rows, base + (2 * panel + 1) * stride, steps, up.ctypes.data, 4 * COLUMNS)
+        multiply(x, begin, rows, base + 2 * panel * stride, steps, gate.ctypes.data, 4 * COLUMNS)
+        multiply(x, begin, rows, base + (2 * panel + 1) * stride, steps, up.ctypes.data, 4 * COLUMNS)
         # One long loop over all rows, since short ones of a known length are unrolled instead of vectorised.
         for i in range(rows * COLUMNS):
             gate[i] = gate[i] / (np.float32(1.0) + exp(min(-gate[i], np.float32(88.0)))) * up[i]

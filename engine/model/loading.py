@@ -16,9 +16,9 @@ from tailserve.engine.model.cpu import CpuBackend
 from tailserve.engine.model.decoder import CompiledDecoder, can_compile
 from tailserve.engine.model.linear import prepack
 from tailserve.engine.model.paged import PagedModel, TransformersModel
-from tailserve.engine.model.paged_kernels import PAGE
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.selfcheck import check_packed, eager_logits
+from tailserve.engine.model.tiles import PAGE
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.types import ModelInfo
 

@@ -32,7 +32,6 @@ LANES = 16
 HEIGHTS = (12, 8, 6, 4, 3, 2, 1)
 """Rows of a tile: with two vectors of columns, 24 sums and the operands fit the 32 registers of AVX-512. Other numbers of
 rows are made of these: each costs seconds of compilation."""
-MAX_ROWS = HEIGHTS[0]
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VF, _VI = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)

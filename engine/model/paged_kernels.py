@@ -12,47 +12,10 @@ queries; a page of values is 16 rows of one with the weights. `pair` is 2 for bf
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange, types
-from numba.extending import overload
+from numba import njit, prange
 
-from tailserve.engine.model.kernels import COLUMNS, FASTMATH, exp, norm, store
-from tailserve.engine.model.microkernel import HEIGHTS, LANES, product
-
-PAGE = LANES
-"""Tokens of one page; a block is one or more."""
-
-_score_float32, _score_bfloat16 = product("float32", 1), product("bfloat16", 1)
-_weigh_float32, _weigh_bfloat16 = product("float32", 2, accumulate=True), product("bfloat16", 2, accumulate=True)
-
-
-def score(query, height, x, x_stride, panel, out, out_stride, steps):
-    """A tile of queries times a page of keys; `query` gives the type."""
-    raise NotImplementedError
-
-
-@overload(score, inline="always")
-def _score(query, height, x, x_stride, panel, out, out_stride, steps):  # pragma: no cover
-    multiply = _score_bfloat16 if query.dtype == types.uint16 else _score_float32
-
-    def run(query, height, x, x_stride, panel, out, out_stride, steps):
-        multiply(height, x, x_stride, panel, out, out_stride, steps)
-
-    return run
-
-
-def weigh(query, height, x, x_stride, panel, out, out_stride, steps):
-    """Adds a tile of weights times 32 columns of a page of values; `query` gives the type."""
-    raise NotImplementedError
-
-
-@overload(weigh, inline="always")
-def _weigh(query, height, x, x_stride, panel, out, out_stride, steps):  # pragma: no cover
-    multiply = _weigh_bfloat16 if query.dtype == types.uint16 else _weigh_float32
-
-    def run(query, height, x, x_stride, panel, out, out_stride, steps):
-        multiply(height, x, x_stride, panel, out, out_stride, steps)
-
-    return run
+from tailserve.engine.model.kernels import FASTMATH, exp, norm, store
+from tailserve.engine.model.tiles import COLUMNS, PAGE, score, weigh
 
 
 @njit(cache=True, nogil=True, fastmath=FASTMATH, inline="always")
@@ -118,58 +81,43 @@ def attend(layer, query, keys, values, tiles, tables, scaling, window, out):  # 
     the groups, so keys are read once for all of them. window 0 is none.
     """
     kv_heads, groups, head_dim = query.shape[0], query.shape[2], query.shape[3]
-    pages, pair, parts = keys.shape[3], keys.shape[5] // PAGE, values.shape[4]
+    block_pages, pair = keys.shape[3], keys.shape[5] // PAGE
     key_base, value_base = keys.ctypes.data + layer * keys.strides[0], values.ctypes.data + layer * values.strides[0]
     block_stride, head_stride, page_stride = keys.strides[1], keys.strides[2], keys.strides[3]
-    part_stride = values.strides[4]
     query_base, query_stride, row_stride = query.ctypes.data, query.strides[1], query.strides[2]
     for task in prange(len(tiles) * kv_heads):
         n, h = task // kv_heads, task % kv_heads
         sequence, begin, tokens, position = tiles[n, 0], tiles[n, 1], tiles[n, 2], tiles[n, 3]
         rows = tokens * groups
         first = max(0, position - window + 1) // PAGE if window > 0 else 0
-        last = (position + tokens - 1) // PAGE + 1
-        width = (last - first) * PAGE
-        scores = np.empty((rows, width), np.float32)
-        weights = np.zeros((rows, width), query.dtype)
+        pages = np.empty((position + tokens - 1) // PAGE + 1 - first, np.int64)
+        for p in range(len(pages)):
+            block, page = tables[sequence, (first + p) // block_pages], (first + p) % block_pages
+            pages[p] = key_base + block * block_stride + h * head_stride + page * page_stride
+        scores = np.empty((rows, len(pages) * PAGE), np.float32)
+        weights = np.zeros((rows, len(pages) * PAGE), query.dtype)
         sums = np.zeros((rows, head_dim), np.float32)
-        score_base, score_stride = scores.ctypes.data, scores.strides[0]
-        weight_base, weight_stride = weights.ctypes.data, weights.strides[0]
-        sum_base, sum_stride = sums.ctypes.data, sums.strides[0]
         x = query_base + h * query.strides[0] + begin * query_stride
-        top = 0
-        for height in HEIGHTS:
-            while rows - top >= height:
-                for p in range(first, last):
-                    place = tables[sequence, p // pages] * block_stride + h * head_stride + p % pages * page_stride
-                    out_column = score_base + top * score_stride + (p - first) * PAGE * 4
-                    score(
-                        query, height, x + top * row_stride, row_stride, key_base + place, out_column, score_stride,
-                        head_dim // pair,
-                    )  # fmt: skip
-                for r in range(top, top + height):
-                    own = position + r // groups
-                    low = max(0, own - window + 1 - first * PAGE) if window > 0 else 0
-                    line = scores[r, low : own + 1 - first * PAGE]
-                    peak = line[0]
-                    for j in range(len(line)):
-                        peak = max(peak, line[j])
-                    total = np.float32(0.0)
-                    for j in range(len(line)):
-                        line[j] = exp((line[j] - peak) * scaling)
-                        total += line[j]
-                    store(weights, r, low, line)
-                    # Dividing the sums is cheaper than dividing the weights; this waits in the row's first score.
-                    scores[r, 0] = total
-                for p in range(first, last):
-                    place = tables[sequence, p // pages] * block_stride + h * head_stride + p % pages * page_stride
-                    source = weight_base + top * weight_stride + (p - first) * PAGE * 4 // pair
-                    for part in range(parts):
-                        weigh(
-                            query, height, source, weight_stride, value_base + place + part * part_stride,
-                            sum_base + top * sum_stride + part * COLUMNS * 4, sum_stride, PAGE // pair,
-                        )  # fmt: skip
-                top += height
+        score(query, rows, x, row_stride, pages, head_dim // pair, scores.ctypes.data, scores.strides[0])
+        for r in range(rows):
+            own = position + r // groups
+            low = max(0, own - window + 1 - first * PAGE) if window > 0 else 0
+            line = scores[r, low : own + 1 - first * PAGE]
+            peak = line[0]
+            for j in range(len(line)):
+                peak = max(peak, line[j])
+            total = np.float32(0.0)
+            for j in range(len(line)):
+                line[j] = exp((line[j] - peak) * scaling)
+                total += line[j]
+            store(weights, r, low, line)
+            # Dividing the sums is cheaper than dividing the weights; this waits in the row's first score.
+            scores[r, 0] = total
+        for p in range(len(pages)):
+            pages[p] += value_base - key_base
+        weigh(
+            query, rows, weights.ctypes.data, weights.strides[0], pages, values.shape[4], sums.ctypes.data, sums.strides[0]
+        )
         for r in range(rows):
             inverse = np.float32(1.0) / scores[r, 0]
             line = sums[r]

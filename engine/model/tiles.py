@@ -1,0 +1,234 @@
+"""A few rows of activations times packed panels, by the best instructions this CPU has: AMX, AVX-512, or plain vectors.
+
+Which instructions run depends on the CPU and the type alone, never on the number of rows, so a row's bits do not depend on
+its neighbours.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, call-arg"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from tailserve.engine.model.amx import HAS_AMX, TILE, configuration, configure, dot, load, release, save, zero
+from tailserve.engine.model.microkernel import HEIGHTS, LANES, product
+
+COLUMNS = 2 * LANES
+"""Columns of a panel of weights."""
+
+PAGE = LANES
+"""Tokens of a page of keys or values."""
+
+MAX_ROWS = 2 * TILE if HAS_AMX else HEIGHTS[0]
+"""Rows of `multiply`, `score` and `weigh`."""
+
+DEPTH = 32
+"""What panels are deep in multiples of: a tile of bfloat16."""
+
+_multiply_float32, _multiply_bfloat16 = product("float32", 2), product("bfloat16", 2)
+_score_float32, _score_bfloat16 = product("float32", 1), product("bfloat16", 1)
+_weigh_float32, _weigh_bfloat16 = product("float32", 2, accumulate=True), product("bfloat16", 2, accumulate=True)
+
+
+def _configurations(depth: int) -> np.ndarray:
+    """[rows of x]: two by two sums, two tiles of x and two of a panel of `depth` * 2 rows of weights."""
+    tables = [configuration([], [], [])]
+    for rows in range(1, 2 * TILE + 1):
+        upper, lower = min(rows, TILE), max(rows - TILE, 1)
+        sums = [(upper, 64)] * 2 + [(lower, 64)] * 2
+        tables.append(configuration(sums, [(upper, 4 * depth), (lower, 4 * depth)], [(depth, 64)] * 2))
+    return np.stack(tables)
+
+
+_CONFIGURATIONS, _PAGE_CONFIGURATIONS = _configurations(TILE), _configurations(PAGE // 2)
+
+
+def multiply(x, begin, rows, panel, steps, out, out_stride):
+    """Rows begin : begin + rows of x [T, K] times the panel [steps, 32 * pair] at an address, to float32 at an address."""
+    raise NotImplementedError
+
+
+@overload(multiply)
+def _multiply(x, begin, rows, panel, steps, out, out_stride):  # pragma: no cover
+    if x.dtype == types.uint16 and HAS_AMX:
+
+        def tiles(x, begin, rows, panel, steps, out, out_stride):
+            stride = x.strides[0]
+            _multiply_tiles(rows, x.ctypes.data + begin * stride, stride, panel, steps, out, out_stride)
+
+        return tiles
+
+    kernel = _multiply_bfloat16 if x.dtype == types.uint16 else _multiply_float32
+
+    def vectors(x, begin, rows, panel, steps, out, out_stride):
+        stride = x.strides[0]
+        address = x.ctypes.data + begin * stride
+        for height in HEIGHTS:
+            while rows >= height:
+                kernel(height, address, stride, panel, out, out_stride, steps)
+                rows -= height
+                address += height * stride
+                out += height * out_stride
+
+    return vectors
+
+
+@njit(cache=True, nogil=True)
+def _multiply_tiles(rows, x, x_stride, panel, steps, out, out_stride):  # pragma: no cover
+    configure(_CONFIGURATIONS.ctypes.data + rows * 64)
+    zero(0)
+    zero(1)
+    if rows <= TILE:
+        for step in range(0, steps, TILE):
+            load(6, panel + step * 128, 128)
+            load(7, panel + step * 128 + 64, 128)
+            load(4, x + step * 4, x_stride)
+            dot(0, 4, 6)
+            dot(1, 4, 7)
+    else:
+        zero(2)
+        zero(3)
+        lower, lower_out = x + TILE * x_stride, out + TILE * out_stride
+        for step in range(0, steps, TILE):
+            load(6, panel + step * 128, 128)
+            load(7, panel + step * 128 + 64, 128)
+            load(4, x + step * 4, x_stride)
+            load(5, lower + step * 4, x_stride)
+            dot(0, 4, 6)
+            dot(1, 4, 7)
+            dot(2, 5, 6)
+            dot(3, 5, 7)
+        save(2, lower_out, out_stride)
+        save(3, lower_out + 64, out_stride)
+    save(0, out, out_stride)
+    save(1, out + 64, out_stride)
+    release()
+
+
+def score(query, rows, x, x_stride, pages, steps, out, out_stride):
+    """Queries times pages of keys, each [steps, 16 * pair] at an address of `pages`: float32 [rows, 16 * len(pages)].
+
+    `query` gives the type; x is the address of the rows.
+    """
+    raise NotImplementedError
+
+
+@overload(score)
+def _score(query, rows, x, x_stride, pages, steps, out, out_stride):  # pragma: no cover
+    if query.dtype == types.uint16 and HAS_AMX:
+
+        def tiles(query, rows, x, x_stride, pages, steps, out, out_stride):
+            _score_tiles(rows, x, x_stride, pages, steps, out, out_stride)
+
+        return tiles
+
+    kernel = _score_bfloat16 if query.dtype == types.uint16 else _score_float32
+
+    def vectors(query, rows, x, x_stride, pages, steps, out, out_stride):
+        for height in HEIGHTS:
+            while rows >= height:
+                for p in range(len(pages)):
+                    kernel(height, x, x_stride, pages[p], out + p * PAGE * 4, out_stride, steps)
+                rows -= height
+                x += height * x_stride
+                out += height * out_stride
+
+    return vectors
+
+
+@njit(cache=True, nogil=True)
+def _score_tiles(rows, x, x_stride, pages, steps, out, out_stride):  # pragma: no cover
+    configure(_CONFIGURATIONS.ctypes.data + rows * 64)
+    lower, lower_out = x + TILE * x_stride, out + TILE * out_stride
+    for p in range(len(pages)):
+        panel = pages[p]
+        zero(0)
+        if rows <= TILE:
+            for step in range(0, steps, TILE):
+                load(6, panel + step * 64, 64)
+                load(4, x + step * 4, x_stride)
+                dot(0, 4, 6)
+        else:
+            zero(2)
+            for step in range(0, steps, TILE):
+                load(6, panel + step * 64, 64)
+                load(4, x + step * 4, x_stride)
+                load(5, lower + step * 4, x_stride)
+                dot(0, 4, 6)
+                dot(2, 5, 6)
+            save(2, lower_out + p * PAGE * 4, out_stride)
+        save(0, out + p * PAGE * 4, out_stride)
+    release()
+
+
+def weigh(query, rows, weights, stride, pages, parts, out, out_stride):
+    """Weights times pages of values, each [parts, 16 / pair, 32 * pair] at an address of `pages`.
+
+    `query` gives the type; `weights` is the address of rows [rows, 16 * len(pages)], out that of float32 [rows, 32 * parts],
+    which must be 0.
+    """
+    raise NotImplementedError
+
+
+@overload(weigh)
+def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # pragma: no cover
+    if query.dtype == types.uint16 and HAS_AMX:
+
+        def tiles(query, rows, weights, stride, pages, parts, out, out_stride):
+            for part in range(parts):
+                _weigh_tiles(rows, weights, stride, pages, part * PAGE * COLUMNS * 2, out + part * COLUMNS * 4, out_stride)
+
+        return tiles
+
+    kernel = _weigh_bfloat16 if query.dtype == types.uint16 else _weigh_float32
+    pair = 2 if query.dtype == types.uint16 else 1
+
+    def vectors(query, rows, weights, stride, pages, parts, out, out_stride):
+        for height in HEIGHTS:
+            while rows >= height:
+                for p in range(len(pages)):
+                    for part in range(parts):
+                        panel = pages[p] + part * PAGE * COLUMNS * 4 // pair
+                        source = weights + p * PAGE * 4 // pair
+                        kernel(height, source, stride, panel, out + part * COLUMNS * 4, out_stride, PAGE // pair)
+                rows -= height
+                weights += height * stride
+                out += height * out_stride
+
+    return vectors
+
+
+@njit(cache=True, nogil=True)
+def _weigh_tiles(rows, weights, stride, pages, offset, out, out_stride):  # pragma: no cover
+    configure(_PAGE_CONFIGURATIONS.ctypes.data + rows * 64)
+    zero(0)
+    zero(1)
+    if rows <= TILE:
+        for p in range(len(pages)):
+            panel = pages[p] + offset
+            load(6, panel, 128)
+            load(7, panel + 64, 128)
+            load(4, weights + p * PAGE * 2, stride)
+            dot(0, 4, 6)
+            dot(1, 4, 7)
+    else:
+        zero(2)
+        zero(3)
+        lower, lower_out = weights + TILE * stride, out + TILE * out_stride
+        for p in range(len(pages)):
+            panel = pages[p] + offset
+            load(6, panel, 128)
+            load(7, panel + 64, 128)
+            load(4, weights + p * PAGE * 2, stride)
+            load(5, lower + p * PAGE * 2, stride)
+            dot(0, 4, 6)
+            dot(1, 4, 7)
+            dot(2, 5, 6)
+            dot(3, 5, 7)
+        save(2, lower_out, out_stride)
+        save(3, lower_out + 64, out_stride)
+    save(0, out, out_stride)
+    save(1, out + 64, out_stride)
+    release()
