@@ -16,7 +16,7 @@ from typing import Any
 
 from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
-from tailserve.cluster.settings import settings
+from tailserve.cluster.settings import prepare_serve, settings
 from tailserve.deployments.bench import command as bench
 from tailserve.engine.errors import ConfigError, TailserveError
 
@@ -100,6 +100,7 @@ def _serve(args: argparse.Namespace) -> int:
     if config.num_speculative_tokens and config.draft_model != "ngram":
         resolve_model(config.draft_model)
 
+    prepare_serve()
     import ray
     from ray import serve
 

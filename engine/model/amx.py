@@ -29,7 +29,7 @@ def _allowed() -> bool:
     if not (features.get("amx-tile") and features.get("amx-bf16")) or platform.system() != "Linux":
         return False
     # Linux gives a process tiles when it asks, since they make its threads' saved state 8 KB larger.
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
 
 
 HAS_AMX = _allowed()

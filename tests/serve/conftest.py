@@ -13,12 +13,16 @@ from harness import CONFIG, MODEL, Server, free_port, undisturbed
 from ray import serve
 
 from tailserve.cluster.config import parse_config
+from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments.app import build_app
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[int]:
     """Ray and Serve on this machine alone; the port that Serve listens on."""
+    # As `tailserve serve` does, but for this process, where ray.serve is imported already: its handles are called from many
+    # event loops, which Serve's throughput mode does not allow.
+    prepare_serve()
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
