@@ -12,7 +12,7 @@ from numba import njit
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
-from tailserve.engine.model.kernels import add_norm, embed, gated, linear
+from tailserve.engine.model.kernels import argmax_all, embed, gated, linear, norm_all
 from tailserve.engine.model.paged_kernels import attend, split_heads
 from tailserve.engine.model.spans import Span, pack
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
@@ -28,6 +28,17 @@ class Shape(NamedTuple):
     head_dim: int
     scaling: float
     epsilon: float
+
+
+class Scratch(NamedTuple):
+    """Memory for what a step computes on its way; fresh memory at every step would cost a page fault every 4 KB."""
+
+    hidden: Array
+    normed: Array
+    qkv: Array
+    query: Array
+    attended: Array
+    inner: Array
 
 
 def can_compile(model: PreTrainedModel, block_size: int) -> bool:
@@ -62,6 +73,9 @@ class CompiledDecoder:
         self.sliding_window = sliding_window(attention)
         layers, kv_heads, head_dim = len(self._weights.qkv), self._shape.kv_heads, self._shape.head_dim
         kind = self._weights.qkv.dtype
+        self._scratch = self._allocate(MAX_ROWS)
+        # Eight kernels a layer, one for each to share its work by, and those behind the last layer.
+        self._counters = np.zeros(8 * layers + 8, np.int64)
         pair = 4 // kind.itemsize
         shape = (layers, num_blocks, kv_heads, block_size // PAGE)
         self._keys = aligned((*shape, head_dim // pair, PAGE * pair), kind)
@@ -72,10 +86,15 @@ class CompiledDecoder:
         # A limit of the calling thread, which may be another one than that which loaded the model.
         numba.set_num_threads(self._num_threads)
         batch = pack(spans, self.block_size)
+        if len(batch.token_ids) > self._scratch.hidden.size // self._weights.input_norm.shape[1]:
+            self._scratch = self._allocate(2 * len(batch.token_ids))
         logits = _run(
             self._weights,
             self._shape,
             self.sliding_window or 0,
+            self._num_threads,
+            self._scratch,
+            self._counters,
             self._keys,
             self._values,
             batch.token_ids,
@@ -86,6 +105,28 @@ class CompiledDecoder:
             batch.wanted,
         )
         return torch.from_numpy(logits)[:, : self._vocab]
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """See `PagedModel.argmax`."""
+        tokens = np.empty(len(logits), np.int64)
+        self._counters[0] = 0
+        team = (self._num_threads, self._counters.ctypes.data)
+        argmax_all(logits.data_ptr(), logits.stride(0) * 4, logits.shape[1], tokens, team)
+        return torch.from_numpy(tokens)
+
+    def _allocate(self, tokens: int) -> Scratch:
+        tokens |= 1
+        weights, shape = self._weights, self._shape
+        kind, size = weights.qkv.dtype, weights.input_norm.shape[1]
+        attended = shape.heads * shape.head_dim
+        return Scratch(
+            hidden=aligned((tokens * size,), np.float32),
+            normed=aligned((tokens * size,), kind),
+            qkv=aligned((tokens * weights.qkv.shape[1] * COLUMNS,), np.float32),
+            query=aligned((tokens * attended,), kind),
+            attended=aligned((tokens * attended,), kind),
+            inner=aligned((tokens * weights.gate_up.shape[1] // 2 * COLUMNS,), kind),
+        )
 
     def _tiles(self, query_starts: Array, starts: Array) -> Array:
         """Query tokens in tiles that fill the rows of a product: [N, 4] as `attend` takes them."""
@@ -100,22 +141,25 @@ class CompiledDecoder:
 
 @njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
-    weights, shape, window, keys, values, token_ids, positions, slots, tiles, tables, wanted
+    weights, shape, window, threads, scratch, counters, keys, values, token_ids, positions, slots, tiles, tables, wanted
 ):
     """float32 logits [len(wanted), 32 P] of the tokens at the indices `wanted`. Stores keys and values on the way."""
-    tokens, size, kind = len(token_ids), weights.input_norm.shape[1], weights.qkv.dtype
+    tokens, groups = len(token_ids), shape.heads // shape.kv_heads
     epsilon, scaling = np.float32(shape.epsilon), np.float32(shape.scaling)
-    hidden = np.empty((tokens, size), np.float32)
-    normed = np.empty((tokens, size), kind)
-    qkv = np.empty((tokens, weights.qkv.shape[1] * COLUMNS), np.float32)
-    query = np.empty((shape.kv_heads, tokens, shape.heads // shape.kv_heads, shape.head_dim), kind)
-    attended = np.empty((tokens, shape.heads * shape.head_dim), kind)
-    inner = np.empty((tokens, weights.gate_up.shape[1] // 2 * COLUMNS), kind)
-    nothing, delta = np.empty((0, 0), np.float32), np.empty((tokens, weights.output.shape[1] * COLUMNS), np.float32)
+    hidden = strips_of(scratch.hidden, weights.input_norm.shape[1], tokens)
+    normed = strips_of(scratch.normed, weights.input_norm.shape[1], tokens)
+    qkv = strips_of(scratch.qkv, weights.qkv.shape[1] * COLUMNS, tokens)
+    attended = strips_of(scratch.attended, shape.heads * shape.head_dim, tokens)
+    inner = strips_of(scratch.inner, weights.gate_up.shape[1] // 2 * COLUMNS, tokens)
+    query = scratch.query[: tokens * shape.heads * shape.head_dim]
+    query = query.reshape((shape.kv_heads, tokens, groups, shape.head_dim))
+    strip, row = hidden.strides[0], hidden.strides[1]
+    counters[:] = 0
+    turn = counters.ctypes.data
     embed(token_ids, weights.embedding, hidden)
     for layer in range(len(weights.qkv)):
-        add_norm(hidden, delta if layer else nothing, weights.input_norm[layer], epsilon, normed)
-        linear(normed, weights.qkv, layer, qkv)
+        norm_all(hidden, weights.input_norm[layer], epsilon, normed, (threads, turn))
+        linear(normed, weights.qkv, layer, qkv.ctypes.data, strip, row, 0, (threads, turn + 8))
         split_heads(
             layer,
             qkv,
@@ -130,13 +174,27 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
             query,
             keys,
             values,
+            (threads, turn + 16),
         )
-        attend(layer, query, keys, values, tiles, tables, scaling, window, attended)
-        linear(attended, weights.output, layer, delta)
-        add_norm(hidden, delta, weights.post_norm[layer], epsilon, normed)
-        gated(normed, weights.gate_up, layer, inner)
-        linear(inner, weights.down, layer, delta)
-    add_norm(hidden, delta, weights.final_norm, epsilon, normed)
+        attend(layer, query, keys, values, tiles, tables, scaling, window, attended, (threads, turn + 24))
+        linear(attended, weights.output, layer, hidden.ctypes.data, strip, row, 1, (threads, turn + 32))
+        norm_all(hidden, weights.post_norm[layer], epsilon, normed, (threads, turn + 40))
+        gated(normed, weights.gate_up, layer, inner, (threads, turn + 48))
+        linear(inner, weights.down, layer, hidden.ctypes.data, strip, row, 1, (threads, turn + 56))
+        turn += 64
+    last = strips_of(scratch.qkv, weights.input_norm.shape[1], len(wanted))
+    for n in range(len(wanted)):
+        last[:, n] = hidden[:, wanted[n]]
+    normed = strips_of(scratch.normed, weights.input_norm.shape[1], len(wanted))
+    norm_all(last, weights.final_norm, epsilon, normed, (threads, turn))
     logits = np.empty((len(wanted), weights.head.shape[1] * COLUMNS), np.float32)
-    linear(normed[wanted], weights.head, 0, logits)
+    linear(normed, weights.head, 0, logits.ctypes.data, row, logits.strides[0], 0, (threads, turn + 8))
     return logits
+
+
+@njit(cache=True, nogil=True)
+def strips_of(memory, columns, tokens):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """[columns / 32, tokens, 32] in a piece of memory. Strips begin an odd number of rows apart: caches put what is a power
+    of two apart in the same few places."""
+    rows = tokens | 1
+    return memory[: rows * columns].reshape((columns // COLUMNS, rows, COLUMNS))[:, :tokens]

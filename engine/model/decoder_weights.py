@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tailserve.engine.model.tiles import COLUMNS, DEPTH
+from tailserve.engine.model.microkernel import LANES
+from tailserve.engine.model.tiles import COLUMNS
 
 Array = npt.NDArray[Any]
 
@@ -68,6 +69,9 @@ def fits(model: PreTrainedModel) -> bool:
         return False
     if model.lm_head.bias is not None or not hasattr(body.norm, "variance_epsilon"):
         return False
+    # Half of the rotated dimensions at a time, in whole vectors.
+    if len(body.rotary_emb.inv_freq) % LANES:
+        return False
     return all(_layer_fits(layer) for layer in body.layers) and len({sliding_window(y.self_attn) for y in body.layers}) == 1
 
 
@@ -86,7 +90,7 @@ def _layer_fits(layer: Any) -> bool:
         and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and attention.head_dim % COLUMNS == 0
         and mlp.gate_proj.out_features % COLUMNS == 0
-        and attention.q_proj.in_features % DEPTH == 0
+        and attention.q_proj.in_features % COLUMNS == 0
     )
 
 

@@ -1,14 +1,16 @@
 """The parts of a decoder's step on a CPU, compiled by Numba: products, norms, rotary embeddings.
 
-Activations are float32 arrays, or bfloat16 as its bits in uint16; sums, norms and softmax are float32. No result depends on
-what else is in the batch: a row's sums run in the same order in every batch shape. So one compiled loop serves few rows and
-many: two would be vectorised differently, and round differently.
+Activations lie in strips of 32 columns, [columns / 32, tokens, 32], so that a tile of them, and what a task writes, is one
+piece of memory. They are float32, or bfloat16 as its bits in uint16; sums, norms and softmax are float32. No result depends
+on what else is in the batch: a row's sums run in the same order in every batch shape.
+
+`team` is the number of threads and the address of a 0, which they share the work by (see `team.take`).
 
 Memory is addressed by numbers where threads share it: a view of an array would count references, and the threads would
 contend for the counter.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, call-arg, var-annotated"
 
 from __future__ import annotations
 
@@ -16,121 +18,152 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
+from tailserve.engine.model.microkernel import LANES
+from tailserve.engine.model.team import take
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, multiply
+from tailserve.engine.model.vectors import exp, fma, get, larger, peak, read, spread, total, write, write_narrow
 
-FASTMATH = {"reassoc", "contract", "nsz", "nnan", "ninf"}
-"""No approximate division: vectors would use it and what is left behind the last vector would not."""
+LINES = 32
+"""Cache lines of a panel under 32 columns of bfloat16 activations, 16 of float32."""
 
+SEARCH = 1024
+"""Columns that are looked at one by one where their largest is the largest so far."""
 
-def exp(x):  # pragma: no cover
-    """e**x in float32 for x <= 88, to 2 units in the last place (Cephes, expf). Vectorises, unlike the library's."""
-    x = max(x, np.float32(-87.0))
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    f = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = p * f + np.float32(c)
-    p = p * f * f + f + np.float32(1.0)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+MANY = 32
+"""Tasks that are plenty for a team: tokens are taken in portions rather than in more of them."""
 
 
-exp = njit(cache=True, fastmath=FASTMATH, inline="always")(exp)
-
-
-def store(target, row, column, line):
-    """target[row, column : column + len(line)] = float32 line, rounded to nearest even where target is bfloat16.
-
-    Unsigned indices, because Numba lets signed ones count from the end, and such loops do not vectorise.
-    """
+def put(like, address, value):
+    """Writes 16 numbers in the type of the array `like`."""
     raise NotImplementedError
 
 
-@overload(store, inline="always")
-def _store(target, row, column, line):  # pragma: no cover
-    if target.dtype == types.uint16:
-
-        def narrow(target, row, column, line):
-            bits, r, c = line.view(np.uint32), np.uintp(row), np.uintp(column)
-            for i in range(len(line)):
-                odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
-                target[r, c + np.uintp(i)] = (bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-
-        return narrow
-
-    def wide(target, row, column, line):
-        r, c = np.uintp(row), np.uintp(column)
-        for i in range(len(line)):
-            target[r, c + np.uintp(i)] = line[i]
-
-    return wide
+@overload(put, inline="always")
+def _put(like, address, value):  # pragma: no cover
+    if like.dtype == types.uint16:
+        return lambda like, address, value: write_narrow(address, value)
+    return lambda like, address, value: write(address, value)
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def linear(x, panels, layer, out):  # pragma: no cover
-    """out [T, 32 P], float32 = x [T, K] times panels [L, P, steps, 32 * pair] of one layer."""
-    tokens, count, steps = x.shape[0], panels.shape[1], panels.shape[2]
-    tiles = (tokens + MAX_ROWS - 1) // MAX_ROWS
+def linear(x, panels, layer, out, strip_stride, row_stride, add, team):  # pragma: no cover
+    """x [K / 32, T, 32] times panels [L, P, steps, 32 * pair] of one layer, to float32 at the address `out`.
+
+    The product sets what is there, or if `add` is not 0 raises it. Strides in bytes: from 32 columns of a row to its next
+    32, and from row to row.
+    """
+    tokens, count, steps = x.shape[1], panels.shape[1], panels.shape[2]
+    parts = (tokens + MAX_ROWS - 1) // MAX_ROWS
     base, stride = panels.ctypes.data + layer * panels.strides[0], panels.strides[1]
-    target, out_stride = out.ctypes.data, out.strides[0]
-    for task in prange(count * tiles):
-        panel, part = task // tiles, task % tiles
-        begin = part * MAX_ROWS
-        rows = min(MAX_ROWS, tokens - begin)
-        multiply(x, begin, rows, base + panel * stride, steps, target + begin * out_stride + panel * 4 * COLUMNS, out_stride)
+    lines = (LINES + parts - 1) // parts
+    threads, counter = team
+    for _ in prange(threads):
+        panel = take(counter)
+        while panel < count:
+            ahead = base + (panel + threads) * stride
+            for part in range(parts):
+                begin = part * MAX_ROWS
+                multiply(
+                    x, begin, min(MAX_ROWS, tokens - begin), base + panel * stride, steps,
+                    out + panel * strip_stride + begin * row_stride, row_stride, add,
+                    ahead + part * (stride // parts // 64 * 64), lines,
+                )  # fmt: skip
+            panel = take(counter)
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
-def gated(x, panels, layer, out):  # pragma: no cover
-    """out [T, 16 P] = silu(gate) * up; panels of gate and of up take turns."""
-    tokens, count, steps = x.shape[0], panels.shape[1] // 2, panels.shape[2]
-    tiles = (tokens + MAX_ROWS - 1) // MAX_ROWS
+@njit(parallel=True, cache=True, nogil=True)
+def gated(x, panels, layer, out, team):  # pragma: no cover
+    """out [P / 2, T, 32] = silu(gate) * up; panels of gate and of up take turns."""
+    tokens, count, steps = x.shape[1], panels.shape[1] // 2, panels.shape[2]
+    parts = (tokens + MAX_ROWS - 1) // MAX_ROWS
     base, stride = panels.ctypes.data + layer * panels.strides[0], panels.strides[1]
-    for task in prange(count * tiles):
-        panel, part = task // tiles, task % tiles
-        begin = part * MAX_ROWS
-        rows = min(MAX_ROWS, tokens - begin)
+    lines = (LINES + parts - 1) // parts
+    share = stride // parts // 64 * 64
+    target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
+    one, zeros = spread(np.float32(1.0)), spread(np.float32(0.0))
+    threads, counter = team
+    for _ in prange(threads):
         gate, up = np.empty(MAX_ROWS * COLUMNS, np.float32), np.empty(MAX_ROWS * COLUMNS, np.float32)
-        multiply(x, begin, rows, base + 2 * panel * stride, steps, gate.ctypes.data, 4 * COLUMNS)
-        multiply(x, begin, rows, base + (2 * panel + 1) * stride, steps, up.ctypes.data, 4 * COLUMNS)
-        # One long loop over all rows, since short ones of a known length are unrolled instead of vectorised.
-        for i in range(rows * COLUMNS):
-            gate[i] = gate[i] / (np.float32(1.0) + exp(min(-gate[i], np.float32(88.0)))) * up[i]
-        for r in range(rows):
-            store(out, begin + r, panel * COLUMNS, gate[r * COLUMNS : (r + 1) * COLUMNS])
+        gates, ups = gate.ctypes.data, up.ctypes.data
+        panel = take(counter)
+        while panel < count:
+            here = base + 2 * panel * stride
+            ahead = here + 2 * threads * stride
+            for part in range(parts):
+                begin = part * MAX_ROWS
+                rows = min(MAX_ROWS, tokens - begin)
+                multiply(x, begin, rows, here, steps, gates, 4 * COLUMNS, 0, ahead + part * share, lines)
+                multiply(x, begin, rows, here + stride, steps, ups, 4 * COLUMNS, 0, ahead + stride + part * share, lines)
+                place = target + panel * strip + begin * COLUMNS * size
+                for i in range(0, rows * COLUMNS, LANES):
+                    g = read(gates + i * 4)
+                    put(out, place + i * size, g / (one + exp(zeros - g)) * read(ups + i * 4))
+            panel = take(counter)
 
 
 @njit(cache=True, nogil=True)
 def embed(token_ids, panels, hidden):  # pragma: no cover
-    """hidden [T, H], float32: the columns `token_ids` of panels [1, P, steps, 32 * pair]."""
+    """hidden [H / 32, T, 32], float32: the columns `token_ids` of panels [1, P, steps, 32 * pair]."""
     pair = panels.shape[3] // COLUMNS
     bits = hidden.view(np.uint32)
     for t in range(len(token_ids)):
         panel, column = token_ids[t] // COLUMNS, token_ids[t] % COLUMNS * pair
-        for i in range(hidden.shape[1]):
+        for i in range(hidden.shape[0] * COLUMNS):
             if pair == 2:
-                bits[t, i] = np.uint32(panels[0, panel, i // 2, column + i % 2]) << np.uint32(16)
+                bits[i // COLUMNS, t, i % COLUMNS] = np.uint32(panels[0, panel, i // 2, column + i % 2]) << np.uint32(16)
             else:
-                hidden[t, i] = panels[0, panel, i, column]
+                hidden[i // COLUMNS, t, i % COLUMNS] = panels[0, panel, i, column]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="always")
-def norm(row, weight, epsilon, out):  # pragma: no cover
-    """RMSNorm (Zhang and Sennrich 2019) of one row."""
-    total = np.float32(0.0)
-    for i in range(len(row)):
-        total += row[i] * row[i]
-    scale = np.float32(1.0) / np.sqrt(total / np.float32(len(row)) + epsilon)
-    for i in range(len(row)):
-        out[i] = row[i] * scale * weight[i]
+@njit(cache=True, nogil=True)
+def norm(like, x, x_stride, weight, strips, epsilon, out, out_stride):  # pragma: no cover
+    """RMSNorm (Zhang and Sennrich 2019) of one row of strips, from address to address, in the type of the array `like`."""
+    squares = spread(np.float32(0.0))
+    for s in range(strips):
+        a, b = read(x + s * x_stride), read(x + s * x_stride + 64)
+        squares = fma(b, b, fma(a, a, squares))
+    scale = spread(np.float32(1.0) / np.sqrt(total(squares) / np.float32(strips * COLUMNS) + epsilon))
+    size = like.itemsize
+    for s in range(strips):
+        a, b = read(x + s * x_stride), read(x + s * x_stride + 64)
+        put(like, out + s * out_stride, a * scale * read(weight + s * 128))
+        put(like, out + s * out_stride + LANES * size, b * scale * read(weight + s * 128 + 64))
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
-def add_norm(hidden, delta, weight, epsilon, out):  # pragma: no cover
-    """hidden [T, H] += delta (if any), and out = RMSNorm(hidden)."""
-    for t in prange(len(hidden)):
-        row = hidden[t]
-        for i in range(len(row) if len(delta) else 0):
-            row[i] += delta[t, i]
-        line = np.empty(len(row), np.float32)
-        norm(row, weight, epsilon, line)
-        store(out, t, 0, line)
+@njit(parallel=True, cache=True, nogil=True)
+def norm_all(hidden, weight, epsilon, out, team):  # pragma: no cover
+    """out [H / 32, T, 32] = RMSNorm of each token of hidden, likewise."""
+    strips, tokens, size = hidden.shape[0], hidden.shape[1], out.itemsize
+    x, w, target = hidden.ctypes.data, weight.ctypes.data, out.ctypes.data
+    some = 1 + tokens // MANY
+    threads, counter = team
+    for _ in prange(threads):
+        begin = take(counter) * some
+        while begin < tokens:
+            for t in range(begin, min(begin + some, tokens)):
+                place = target + t * COLUMNS * size
+                norm(out, x + t * 128, hidden.strides[0], w, strips, epsilon, place, out.strides[0])
+            begin = take(counter) * some
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def argmax_all(logits, stride, columns, out, team):  # pragma: no cover
+    """out [N] = index of the largest of each row of float32 at the address `logits`; the first of equals."""
+    threads, counter = team
+    for _ in prange(threads):
+        n = take(counter)
+        while n < len(out):
+            row = logits + n * stride
+            best, place = np.float32(-np.inf), 0
+            for begin in range(0, columns, SEARCH):
+                end = min(begin + SEARCH, columns)
+                lead = spread(best)
+                for i in range(begin, end // LANES * LANES, LANES):
+                    lead = larger(lead, read(row + i * 4))
+                if peak(lead) > best or end % LANES:
+                    for i in range(begin, end):
+                        value = get(row + i * 4)
+                        if value > best:
+                            best, place = value, i
+            out[n] = place
+            n = take(counter)

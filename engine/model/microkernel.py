@@ -5,7 +5,7 @@ blocking is that of Goto and van de Geijn (Anatomy of high-performance matrix mu
 once, and each of its vectors is used by every row of the tile.
 
 A panel holds 16 * `vectors` columns, 4 bytes of each column in a step: one float32 or two bfloat16 of consecutive k. So both
-kinds walk memory alike: 4 bytes of x a row, 64 * `vectors` bytes of the panel.
+kinds walk memory alike: 4 bytes of x a row, 64 * `vectors` bytes of the panel. x lies in strips of 32 columns.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ numba.config.CACHE_DIR = str(Path(__file__).parent / "__pycache__" / f"numba-{_s
 Kind = Literal["float32", "bfloat16"]
 
 LANES = 16
+STRIP = 32
+"""Columns of a strip of activations."""
 HEIGHTS = (12, 8, 6, 4, 3, 2, 1)
 """Rows of a tile: with two vectors of columns, 24 sums and the operands fit the 32 registers of AVX-512. Other numbers of
 rows are made of these: each costs seconds of compilation."""
@@ -40,16 +42,18 @@ _Emit = Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
 HAS_BF16_DOT = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 
 
-def product(kind: Kind, vectors: int, *, accumulate: bool = False) -> Any:
-    """A function `f(rows, x, x_stride, panel, out, out_stride, steps)` for Numba code.
+def product(kind: Kind, vectors: int) -> Any:
+    """A function `f(rows, x, x_stride, strip_stride, panel, out, out_stride, steps, add)` for Numba code.
 
-    out[rows, 16 * vectors], float32, is set to, or with `accumulate` raised by, x[rows, steps] times the panel. All but
-    `rows` (one of HEIGHTS) and `steps` are addresses and strides in bytes.
+    out[rows, 16 * vectors], float32, is set to, or if `add` is not 0 raised by, x[rows, steps] times the panel. `rows` is
+    one of HEIGHTS. The others are addresses and strides in bytes: `x_stride` from row to row, `strip_stride` from a row's
+    32 columns to its next 32.
     """
     emit = _EMITTERS[kind]
+    strip = STRIP // _PAIRS[kind]
 
     @intrinsic
-    def multiply(context, rows, x, x_stride, panel, out, out_stride, steps):  # type: ignore[no-untyped-def]
+    def multiply(context, rows, x, x_stride, strip_stride, panel, out, out_stride, steps, add):  # type: ignore[no-untyped-def]
         def codegen(_, builder, signature, args):  # type: ignore[no-untyped-def]
             count, *rest = args
             done = builder.append_basic_block("done")
@@ -58,12 +62,12 @@ def product(kind: Kind, vectors: int, *, accumulate: bool = False) -> Any:
                 block = builder.append_basic_block(f"rows{height}")
                 choice.add_case(ir.Constant(_I64, height), block)
                 builder.position_at_end(block)
-                _tile(builder, height, vectors, emit, accumulate, *rest)
+                _tile(builder, height, vectors, strip, emit, *rest)
                 builder.branch(done)
             builder.position_at_end(done)
             return _.get_dummy_value()
 
-        return types.void(*[types.intp] * 7), codegen
+        return types.void(*[types.intp] * 9), codegen
 
     return multiply
 
@@ -72,14 +76,16 @@ def _tile(
     builder: ir.IRBuilder,
     height: int,
     vectors: int,
+    strip: int,
     emit: _Emit,
-    accumulate: bool,
     x: ir.Value,
     x_stride: ir.Value,
+    strip_stride: ir.Value,
     panel: ir.Value,
     out: ir.Value,
     out_stride: ir.Value,
     steps: ir.Value,
+    add: ir.Value,
 ) -> None:
     def address(base: ir.Value, stride: ir.Value, row: int) -> ir.Value:
         return builder.add(base, builder.mul(stride, ir.Constant(_I64, row)))
@@ -90,18 +96,22 @@ def _tile(
 
     cells = [(row, column) for row in range(height) for column in range(vectors)]
     zero = ir.Constant(_VF, None)
-    begins = [builder.load(pointer(*cell), align=4) if accumulate else zero for cell in cells]
+    wanted = builder.icmp_signed("!=", add, ir.Constant(_I64, 0))
+    begins = [builder.select(wanted, builder.load(pointer(*cell), align=4), zero) for cell in cells]
     before = builder.block
     loop, after = builder.append_basic_block("step"), builder.append_basic_block("store")
     builder.branch(loop)
     builder.position_at_end(loop)
-    step, here, there = (builder.phi(_I64) for _ in range(3))
+    step, there = (builder.phi(_I64) for _ in range(2))
     sums = [builder.phi(_VF) for _ in cells]
     weights = []
     for column in range(vectors):
         place = builder.add(there, ir.Constant(_I64, 64 * column))
         weights.append(builder.load(builder.inttoptr(place, _VI.as_pointer()), align=64))
     ends = []
+    of_strip = builder.mul(builder.udiv(step, ir.Constant(_I64, strip)), strip_stride)
+    in_strip = builder.mul(builder.urem(step, ir.Constant(_I64, strip)), ir.Constant(_I64, 4))
+    here = builder.add(x, builder.add(of_strip, in_strip))
     undefined = ir.Constant(_VI, ir.Undefined)
     for row in range(height):
         scalar = builder.load(builder.inttoptr(address(here, x_stride, row), _I32.as_pointer()), align=4)
@@ -109,13 +119,12 @@ def _tile(
         spread = builder.shuffle_vector(first, undefined, ir.Constant(_VI, None))
         ends += [emit(builder, sums[row * vectors + column], weights[column], spread) for column in range(vectors)]
     next_step = builder.add(step, ir.Constant(_I64, 1))
-    next_here = builder.add(here, ir.Constant(_I64, 4))
     next_there = builder.add(there, ir.Constant(_I64, 64 * vectors))
     builder.cbranch(builder.icmp_signed("<", next_step, steps), loop, after)
     for phi, begin, end in zip(
-        [step, here, there, *sums],
-        [ir.Constant(_I64, 0), x, panel, *begins],
-        [next_step, next_here, next_there, *ends],
+        [step, there, *sums],
+        [ir.Constant(_I64, 0), panel, *begins],
+        [next_step, next_there, *ends],
         strict=True,
     ):
         phi.add_incoming(begin, before)
@@ -144,4 +153,5 @@ def _bfloat16(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.V
     return _float32(builder, total, builder.and_(weights, high), builder.and_(x, high))
 
 
+_PAIRS = {"float32": 1, "bfloat16": 2}
 _EMITTERS: dict[str, _Emit] = {"float32": _float32, "bfloat16": _bfloat16}

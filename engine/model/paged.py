@@ -27,6 +27,9 @@ class PagedModel(Protocol):
         Returns float32 logits [sum of num_logits, vocab], span after span.
         """
 
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Index of the largest of each row of logits [rows, vocab]; the first of equals."""
+
 
 class TransformersModel:
     """A `PagedModel` that runs transformers' own modules, with paged attention in each layer. For any device."""
@@ -53,6 +56,10 @@ class TransformersModel:
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """See `PagedModel.argmax`."""
+        return logits.argmax(-1)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -7,120 +7,158 @@ queries; a page of values is 16 rows of one with the weights. `pair` is 2 for bf
     values [layers, blocks, kv_heads, pages, head_dim / 32, 16 / pair, 32 * pair]
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, call-arg, var-annotated"
 
 from __future__ import annotations
 
 import numpy as np
 from numba import njit, prange
 
-from tailserve.engine.model.kernels import FASTMATH, exp, norm, store
+from tailserve.engine.model.kernels import MANY, norm, put
+from tailserve.engine.model.microkernel import LANES
+from tailserve.engine.model.team import take
 from tailserve.engine.model.tiles import COLUMNS, PAGE, score, weigh
+from tailserve.engine.model.vectors import exp, larger, peak, read, spread, total, write
+
+NOWHERE = np.float32(-1e30)
+"""A score whose weight is 0."""
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="always")
-def _rotate(head, cosines, sines, position, out):  # pragma: no cover
-    """Rotary embedding (Su et al. 2021) of the first dimensions, halves against each other."""
-    half = cosines.shape[1] // 2
-    for i in range(half):
-        out[i] = head[i] * cosines[position, i] - head[half + i] * sines[position, i]
-    for i in range(half):
-        out[half + i] = head[half + i] * cosines[position, half + i] + head[i] * sines[position, half + i]
-    for i in range(2 * half, len(head)):
-        out[i] = head[i]
+@njit(cache=True, nogil=True)
+def _rotate(like, head, head_dim, cosines, sines, rotary, out):  # pragma: no cover
+    """Rotary embedding (Su et al. 2021) of the first `rotary` dimensions, halves against each other. Addresses."""
+    half, size = rotary // 2, like.itemsize
+    for i in range(0, half, LANES):
+        a, b = read(head + i * 4), read(head + (half + i) * 4)
+        put(like, out + i * size, a * read(cosines + i * 4) - b * read(sines + i * 4))
+        cosine, sine = read(cosines + (half + i) * 4), read(sines + (half + i) * 4)
+        put(like, out + (half + i) * size, b * cosine + a * sine)
+    for i in range(rotary, head_dim, LANES):
+        put(like, out + i * size, read(head + i * 4))
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def split_heads(  # pragma: no cover
-    layer, qkv, bias, q_norm, k_norm, epsilon, cosines, sines, positions, slots, query, keys, values
+    layer, qkv, bias, q_norm, k_norm, epsilon, cosines, sines, positions, slots, query, keys, values, team
 ):
     """Rotated queries into query [kv_heads, T, groups, head_dim], rotated keys and the values into their pages.
 
-    qkv [T, N], float32, is queries, keys and values side by side; slots [T] as block * block_size + offset.
+    qkv [N / 32, T, 32], float32, is queries, keys and values side by side; slots [T] as block * block_size + offset.
     """
     kv_heads, tokens, groups, head_dim = query.shape
-    queries = query.reshape(kv_heads * tokens * groups, head_dim)
-    pages, pair = keys.shape[3], keys.shape[5] // PAGE
-    for t in prange(tokens):
-        row = qkv[t]
-        for i in range(bias.shape[1]):
-            row[i] += bias[layer, i]
-        block, page, lane = slots[t] // (pages * PAGE), slots[t] // PAGE % pages, slots[t] % PAGE
-        head, line = np.empty(head_dim, np.float32), np.empty(head_dim, np.float32)
-        stored = np.empty((1, head_dim), keys.dtype)
-        for h in range(kv_heads * groups):
-            for i in range(head_dim):
-                head[i] = row[h * head_dim + i]
-            if q_norm.shape[1]:
-                norm(head, q_norm[layer], epsilon, head)
-            _rotate(head, cosines, sines, positions[t], line)
-            store(queries, (h // groups * tokens + t) * groups + h % groups, 0, line)
-        for h in range(kv_heads):
-            begin = (kv_heads * groups + h) * head_dim
-            for i in range(head_dim):
-                head[i] = row[begin + i]
-            if k_norm.shape[1]:
-                norm(head, k_norm[layer], epsilon, head)
-            _rotate(head, cosines, sines, positions[t], line)
-            store(stored, 0, 0, line)
-            for d in range(head_dim):
-                keys[layer, block, h, page, d // pair, lane * pair + d % pair] = stored[0, d]
-            begin += kv_heads * head_dim
-            for i in range(head_dim):
-                line[i] = row[begin + i]
-            store(stored, 0, 0, line)
-            for d in range(head_dim):
-                values[layer, block, h, page, d // COLUMNS, lane // pair, d % COLUMNS * pair + lane % pair] = stored[0, d]
+    pages, pair, strips, rotary = keys.shape[3], keys.shape[5] // PAGE, head_dim // COLUMNS, cosines.shape[1]
+    x, strip_stride, target, size = qkv.ctypes.data, qkv.strides[0], query.ctypes.data, query.itemsize
+    cosine_base, sine_base, angles = cosines.ctypes.data, sines.ctypes.data, cosines.strides[0]
+    q_scale, k_scale = q_norm[layer:].ctypes.data, k_norm[layer:].ctypes.data
+    # Pages as units of 4 bytes for keys, and of one number for values.
+    key_units = keys.reshape(-1).view(np.uint32)
+    value_units = values.reshape(-1)
+    some = 1 + tokens // MANY
+    threads, counter = team
+    for _ in prange(threads):
+        head, stored = np.empty(head_dim, np.float32), np.empty(head_dim, keys.dtype)
+        units, address, narrow = stored.view(np.uint32), head.ctypes.data, stored.ctypes.data
+        begin = take(counter) * some
+        while begin < tokens:
+            for t in range(begin, min(begin + some, tokens)):
+                block, page, lane = slots[t] // (pages * PAGE), slots[t] // PAGE % pages, slots[t] % PAGE
+                cosine, sine = cosine_base + positions[t] * angles, sine_base + positions[t] * angles
+                for h in range(kv_heads * (groups + 2)):
+                    for i in range(0, head_dim, LANES):
+                        value = read(x + (h * strips + i // COLUMNS) * strip_stride + t * 128 + i % COLUMNS * 4)
+                        write(address + i * 4, value)
+                    if bias.shape[1]:
+                        for i in range(head_dim):
+                            head[i] += bias[layer, h * head_dim + i]
+                    if h < kv_heads * groups:
+                        if q_norm.shape[1]:
+                            norm(head, address, 128, q_scale, strips, epsilon, address, 128)
+                        place = target + ((h // groups * tokens + t) * groups + h % groups) * head_dim * size
+                        _rotate(query, address, head_dim, cosine, sine, rotary, place)
+                        continue
+                    number = h - kv_heads * groups
+                    own = ((layer * keys.shape[1] + block) * kv_heads + number % kv_heads) * pages + page
+                    if number < kv_heads:
+                        if k_norm.shape[1]:
+                            norm(head, address, 128, k_scale, strips, epsilon, address, 128)
+                        _rotate(stored, address, head_dim, cosine, sine, rotary, narrow)
+                        place = own * (head_dim // pair) * PAGE + lane
+                        for step in range(len(units)):
+                            key_units[place + step * PAGE] = units[step]
+                        continue
+                    for i in range(0, head_dim, LANES):
+                        put(stored, narrow + i * size, read(address + i * 4))
+                    for strip in range(strips):
+                        place = ((own * strips + strip) * (PAGE // pair) + lane // pair) * COLUMNS * pair + lane % pair
+                        for d in range(COLUMNS):
+                            value_units[place + d * pair] = stored[strip * COLUMNS + d]
+            begin = take(counter) * some
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=FASTMATH)
-def attend(layer, query, keys, values, tiles, tables, scaling, window, out):  # pragma: no cover
-    """Causal attention of query [kv_heads, T, groups, head_dim] over the pages of its sequences; out [T, heads * head_dim].
+@njit(parallel=True, cache=True, nogil=True)
+def attend(layer, query, keys, values, tiles, tables, scaling, window, out, team):  # pragma: no cover
+    """Causal attention of query [kv_heads, T, groups, head_dim] over the pages of its sequences.
 
-    tiles [N, 4]: sequence, first token of the batch, tokens, position of the first token. A tile's rows are its tokens times
-    the groups, so keys are read once for all of them. window 0 is none.
+    out [heads * head_dim / 32, T, 32]. tiles [N, 4]: sequence, first token of the batch, tokens, position of the first
+    token. A tile's rows are its tokens times the groups, so keys are read once for all of them. window 0 is none.
     """
-    kv_heads, groups, head_dim = query.shape[0], query.shape[2], query.shape[3]
-    block_pages, pair = keys.shape[3], keys.shape[5] // PAGE
+    kv_heads, _, groups, head_dim = query.shape
+    block_pages, pair, strips = keys.shape[3], keys.shape[5] // PAGE, head_dim // COLUMNS
     key_base, value_base = keys.ctypes.data + layer * keys.strides[0], values.ctypes.data + layer * values.strides[0]
     block_stride, head_stride, page_stride = keys.strides[1], keys.strides[2], keys.strides[3]
     query_base, query_stride, row_stride = query.ctypes.data, query.strides[1], query.strides[2]
-    for task in prange(len(tiles) * kv_heads):
-        n, h = task // kv_heads, task % kv_heads
-        sequence, begin, tokens, position = tiles[n, 0], tiles[n, 1], tiles[n, 2], tiles[n, 3]
-        rows = tokens * groups
-        first = max(0, position - window + 1) // PAGE if window > 0 else 0
-        pages = np.empty((position + tokens - 1) // PAGE + 1 - first, np.int64)
-        for p in range(len(pages)):
-            block, page = tables[sequence, (first + p) // block_pages], (first + p) % block_pages
-            pages[p] = key_base + block * block_stride + h * head_stride + page * page_stride
-        scores = np.empty((rows, len(pages) * PAGE), np.float32)
-        weights = np.zeros((rows, len(pages) * PAGE), query.dtype)
-        sums = np.zeros((rows, head_dim), np.float32)
-        x = query_base + h * query.strides[0] + begin * query_stride
-        score(query, rows, x, row_stride, pages, head_dim // pair, scores.ctypes.data, scores.strides[0])
-        for r in range(rows):
-            own = position + r // groups
-            low = max(0, own - window + 1 - first * PAGE) if window > 0 else 0
-            line = scores[r, low : own + 1 - first * PAGE]
-            peak = line[0]
-            for j in range(len(line)):
-                peak = max(peak, line[j])
-            total = np.float32(0.0)
-            for j in range(len(line)):
-                line[j] = exp((line[j] - peak) * scaling)
-                total += line[j]
-            store(weights, r, low, line)
-            # Dividing the sums is cheaper than dividing the weights; this waits in the row's first score.
-            scores[r, 0] = total
-        for p in range(len(pages)):
-            pages[p] += value_base - key_base
-        weigh(
-            query, rows, weights.ctypes.data, weights.strides[0], pages, values.shape[4], sums.ctypes.data, sums.strides[0]
-        )
-        for r in range(rows):
-            inverse = np.float32(1.0) / scores[r, 0]
-            line = sums[r]
-            for d in range(head_dim):
-                line[d] *= inverse
-            store(out, begin + r // groups, (h * groups + r % groups) * head_dim, line)
+    target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
+    threads, counter = team
+    for _ in prange(threads):
+        task = take(counter)
+        while task < len(tiles) * kv_heads:
+            n, h = task // kv_heads, task % kv_heads
+            sequence, begin, position = tiles[n, 0], tiles[n, 1], tiles[n, 3]
+            rows = tiles[n, 2] * groups
+            first = max(0, position - window + 1) // PAGE if window > 0 else 0
+            pages = np.empty((position + tiles[n, 2] - 1) // PAGE + 1 - first, np.int64)
+            for p in range(len(pages)):
+                block, page = tables[sequence, (first + p) // block_pages], (first + p) % block_pages
+                pages[p] = key_base + block * block_stride + h * head_stride + page * page_stride
+            width = len(pages) * PAGE
+            scores = np.empty((rows, width), np.float32)
+            weights = np.empty((rows, width), query.dtype)
+            sums = np.zeros((rows, head_dim), np.float32)
+            totals = np.empty(rows, np.float32)
+            line, share, sum_base = scores.ctypes.data, weights.ctypes.data, sums.ctypes.data
+            x = query_base + h * query.strides[0] + begin * query_stride
+            score(query, rows, x, row_stride, pages, head_dim // pair, line, width * 4)
+            for r in range(rows):
+                own = position + r // groups
+                low = max(0, own - window + 1 - first * PAGE) if window > 0 else 0
+                for j in range(low):
+                    scores[r, j] = NOWHERE
+                for j in range(own + 1 - first * PAGE, width):
+                    scores[r, j] = NOWHERE
+                totals[r] = _softmax(weights, line + r * width * 4, width, scaling, share + r * width * size)
+            for p in range(len(pages)):
+                pages[p] += value_base - key_base
+            weigh(query, rows, share, width * size, pages, strips, sum_base, head_dim * 4)
+            for r in range(rows):
+                # Dividing the sums is cheaper than dividing the weights.
+                inverse = spread(np.float32(1.0) / totals[r])
+                place = target + (h * groups + r % groups) * strips * strip + (begin + r // groups) * COLUMNS * size
+                for d in range(0, head_dim, LANES):
+                    value = read(sum_base + (r * head_dim + d) * 4) * inverse
+                    put(out, place + d // COLUMNS * strip + d % COLUMNS * size, value)
+            task = take(counter)
+
+
+@njit(cache=True, nogil=True)
+def _softmax(like, scores, width, scaling, weights):  # pragma: no cover
+    """weights = e**(scaling * (scores - their peak)), from address to address. Returns the sum."""
+    lead = read(scores)
+    for j in range(LANES, width, LANES):
+        lead = larger(lead, read(scores + j * 4))
+    lead, scale, size = spread(peak(lead)), spread(scaling), like.itemsize
+    sums = spread(np.float32(0.0))
+    for j in range(0, width, LANES):
+        weight = exp((read(scores + j * 4) - lead) * scale)
+        sums = sums + weight
+        put(like, weights + j * size, weight)
+    return total(sums)

@@ -4,7 +4,7 @@ Which instructions run depends on the CPU and the type alone, never on the numbe
 its neighbours.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, call-arg"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, call-arg, var-annotated"
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from numba import njit, types
 from numba.extending import overload
 
 from tailserve.engine.model.amx import HAS_AMX, TILE, configuration, configure, dot, load, release, save, zero
-from tailserve.engine.model.microkernel import HEIGHTS, LANES, product
+from tailserve.engine.model.microkernel import HEIGHTS, LANES, STRIP, product
+from tailserve.engine.model.team import prefetch
 
-COLUMNS = 2 * LANES
-"""Columns of a panel of weights."""
+COLUMNS = STRIP
+"""Columns of a panel of weights, and of a strip of activations [K / 32, T, 32]."""
 
 PAGE = LANES
 """Tokens of a page of keys or values."""
@@ -24,12 +25,9 @@ PAGE = LANES
 MAX_ROWS = 2 * TILE if HAS_AMX else HEIGHTS[0]
 """Rows of `multiply`, `score` and `weigh`."""
 
-DEPTH = 32
-"""What panels are deep in multiples of: a tile of bfloat16."""
 
 _multiply_float32, _multiply_bfloat16 = product("float32", 2), product("bfloat16", 2)
 _score_float32, _score_bfloat16 = product("float32", 1), product("bfloat16", 1)
-_weigh_float32, _weigh_bfloat16 = product("float32", 2, accumulate=True), product("bfloat16", 2, accumulate=True)
 
 
 def _configurations(depth: int) -> np.ndarray:
@@ -45,29 +43,33 @@ def _configurations(depth: int) -> np.ndarray:
 _CONFIGURATIONS, _PAGE_CONFIGURATIONS = _configurations(TILE), _configurations(PAGE // 2)
 
 
-def multiply(x, begin, rows, panel, steps, out, out_stride):
-    """Rows begin : begin + rows of x [T, K] times the panel [steps, 32 * pair] at an address, to float32 at an address."""
+def multiply(x, begin, rows, panel, steps, out, out_stride, add, ahead, lines):
+    """Rows begin : begin + rows of x [K / 32, T, 32] times the panel [steps, 32 * pair] at an address.
+
+    The float32 rows at the address `out` are set to the product, or if `add` is not 0 raised by it. Meanwhile memory from
+    the address `ahead` on is asked for, so many cache lines for each 32 columns of x.
+    """
     raise NotImplementedError
 
 
 @overload(multiply)
-def _multiply(x, begin, rows, panel, steps, out, out_stride):  # pragma: no cover
+def _multiply(x, begin, rows, panel, steps, out, out_stride, add, ahead, lines):  # pragma: no cover
     if x.dtype == types.uint16 and HAS_AMX:
 
-        def tiles(x, begin, rows, panel, steps, out, out_stride):
-            stride = x.strides[0]
-            _multiply_tiles(rows, x.ctypes.data + begin * stride, stride, panel, steps, out, out_stride)
+        def tiles(x, begin, rows, panel, steps, out, out_stride, add, ahead, lines):
+            address = x.ctypes.data + begin * COLUMNS * 2
+            _multiply_tiles(rows, address, x.strides[0], panel, steps, out, out_stride, add, ahead, lines)
 
         return tiles
 
     kernel = _multiply_bfloat16 if x.dtype == types.uint16 else _multiply_float32
 
-    def vectors(x, begin, rows, panel, steps, out, out_stride):
-        stride = x.strides[0]
+    def vectors(x, begin, rows, panel, steps, out, out_stride, add, ahead, lines):
+        stride = x.strides[1]
         address = x.ctypes.data + begin * stride
         for height in HEIGHTS:
             while rows >= height:
-                kernel(height, address, stride, panel, out, out_stride, steps)
+                kernel(height, address, stride, x.strides[0], panel, out, out_stride, steps, add)
                 rows -= height
                 address += height * stride
                 out += height * out_stride
@@ -76,34 +78,41 @@ def _multiply(x, begin, rows, panel, steps, out, out_stride):  # pragma: no cove
 
 
 @njit(cache=True, nogil=True)
-def _multiply_tiles(rows, x, x_stride, panel, steps, out, out_stride):  # pragma: no cover
+def _multiply_tiles(rows, x, strip_stride, panel, steps, out, out_stride, add, ahead, lines):  # pragma: no cover
     configure(_CONFIGURATIONS.ctypes.data + rows * 64)
-    zero(0)
-    zero(1)
-    if rows <= TILE:
-        for step in range(0, steps, TILE):
-            load(6, panel + step * 128, 128)
-            load(7, panel + step * 128 + 64, 128)
-            load(4, x + step * 4, x_stride)
-            dot(0, 4, 6)
-            dot(1, 4, 7)
+    lower, lower_out = rows > TILE, out + TILE * out_stride
+    if add:
+        load(0, out, out_stride)
+        load(1, out + 64, out_stride)
+        if lower:
+            load(2, lower_out, out_stride)
+            load(3, lower_out + 64, out_stride)
     else:
-        zero(2)
-        zero(3)
-        lower, lower_out = x + TILE * x_stride, out + TILE * out_stride
-        for step in range(0, steps, TILE):
-            load(6, panel + step * 128, 128)
-            load(7, panel + step * 128 + 64, 128)
-            load(4, x + step * 4, x_stride)
-            load(5, lower + step * 4, x_stride)
-            dot(0, 4, 6)
-            dot(1, 4, 7)
+        zero(0)
+        zero(1)
+        if lower:
+            zero(2)
+            zero(3)
+    for _ in range(0, steps, TILE):
+        for line in range(lines):
+            prefetch(ahead + line * 64)
+        load(6, panel, 128)
+        load(4, x, 64)
+        dot(0, 4, 6)
+        load(7, panel + 64, 128)
+        dot(1, 4, 7)
+        if lower:
+            load(5, x + TILE * 64, 64)
             dot(2, 5, 6)
             dot(3, 5, 7)
-        save(2, lower_out, out_stride)
-        save(3, lower_out + 64, out_stride)
+        x += strip_stride
+        panel += TILE * 128
+        ahead += lines * 64
     save(0, out, out_stride)
     save(1, out + 64, out_stride)
+    if lower:
+        save(2, lower_out, out_stride)
+        save(3, lower_out + 64, out_stride)
     release()
 
 
@@ -125,12 +134,13 @@ def _score(query, rows, x, x_stride, pages, steps, out, out_stride):  # pragma: 
         return tiles
 
     kernel = _score_bfloat16 if query.dtype == types.uint16 else _score_float32
+    strip = COLUMNS * 2 if query.dtype == types.uint16 else COLUMNS * 4
 
     def vectors(query, rows, x, x_stride, pages, steps, out, out_stride):
         for height in HEIGHTS:
             while rows >= height:
                 for p in range(len(pages)):
-                    kernel(height, x, x_stride, pages[p], out + p * PAGE * 4, out_stride, steps)
+                    kernel(height, x, x_stride, strip, pages[p], out + p * PAGE * 4, out_stride, steps, 0)
                 rows -= height
                 x += height * x_stride
                 out += height * out_stride
@@ -182,7 +192,7 @@ def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # prag
 
         return tiles
 
-    kernel = _weigh_bfloat16 if query.dtype == types.uint16 else _weigh_float32
+    kernel = _multiply_bfloat16 if query.dtype == types.uint16 else _multiply_float32
     pair = 2 if query.dtype == types.uint16 else 1
 
     def vectors(query, rows, weights, stride, pages, parts, out, out_stride):
@@ -192,7 +202,7 @@ def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # prag
                     for part in range(parts):
                         panel = pages[p] + part * PAGE * COLUMNS * 4 // pair
                         source = weights + p * PAGE * 4 // pair
-                        kernel(height, source, stride, panel, out + part * COLUMNS * 4, out_stride, PAGE // pair)
+                        kernel(height, source, stride, 0, panel, out + part * COLUMNS * 4, out_stride, PAGE // pair, 1)
                 rows -= height
                 weights += height * stride
                 out += height * out_stride

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,10 +129,14 @@ def draw(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return (probs / noise).argmax(-1)
 
 
-def sample(logits: torch.Tensor, points: Sequence[SamplingPoint]) -> list[int]:
+def sample(
+    logits: torch.Tensor,
+    points: Sequence[SamplingPoint],
+    argmax: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits.argmax(-1),
+) -> list[int]:
     """One token for each row of float32 logits [points, vocab]; penalties have been applied. Changes `logits`."""
     mask_early_stops(logits, points)
-    tokens = logits.argmax(-1)
+    tokens = argmax(logits)
     random = [i for i, point in enumerate(points) if point.params.temperature > 0]
     if random:
         chosen = [points[i] for i in random]

@@ -13,11 +13,12 @@ from tiny import TINY, save_model
 
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.model.decoder_weights import aligned
-from tailserve.engine.model.kernels import exp
+from tailserve.engine.model.kernels import argmax_all
 from tailserve.engine.model.loading import load_model
-from tailserve.engine.model.microkernel import HEIGHTS, LANES, product
+from tailserve.engine.model.microkernel import HEIGHTS, LANES, STRIP, product
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.spans import Span
+from tailserve.engine.model.vectors import exp, read, write
 from tailserve.engine.options import LoadOptions
 
 WIDE: dict[str, Any] = TINY | {"hidden_size": 128, "vocab_size": 100}
@@ -91,13 +92,13 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_product_equals_a_matrix_product(kind: Any) -> None:
     pair = 2 if kind == "bfloat16" else 1
-    multiply, add = product(kind, 2), product(kind, 2, accumulate=True)
+    multiply = product(kind, 2)
 
     @njit
     def run(rows, x, panel, out):  # type: ignore[no-untyped-def]
-        address, stride = x.ctypes.data, x.strides[0]
-        multiply(rows, address, stride, panel.ctypes.data, out.ctypes.data, out.strides[0], len(panel))
-        add(rows, address, stride, panel.ctypes.data, out.ctypes.data, out.strides[0], len(panel))
+        address, stride, width = x.ctypes.data, x.strides[0], STRIP * x.itemsize
+        for add in range(2):
+            multiply(rows, address, stride, width, panel.ctypes.data, out.ctypes.data, out.strides[0], len(panel), add)
 
     dtype = getattr(torch, kind)
     weight = torch.randn(2 * LANES, 48).to(dtype)
@@ -116,10 +117,22 @@ def test_product_equals_a_matrix_product(kind: Any) -> None:
 def test_exp_is_exact_to_float32() -> None:
     @njit
     def run(x, out):  # type: ignore[no-untyped-def]
-        for i in range(len(x)):
-            out[i] = exp(x[i])
+        for i in range(0, x.nbytes, 64):
+            write(out.ctypes.data + i, exp(read(x.ctypes.data + i)))
 
-    x = np.linspace(-80, 88, 20001, dtype=np.float32)
+    x = np.linspace(-87, 88, 16_000, dtype=np.float32)
     out = np.empty_like(x)
     run(x, out)
     np.testing.assert_allclose(out, np.exp(x.astype(np.float64)), rtol=3e-7)
+    under = np.full(16, -1e30, np.float32)
+    run(under, out)
+    assert not out[:16].any()
+
+
+def test_argmax_takes_the_first_of_equals() -> None:
+    chance = np.random.default_rng(1)
+    for columns in (5, 100, 5000):
+        logits = chance.integers(0, 9, (7, columns)).astype(np.float32)
+        out, counter = np.empty(7, np.int64), np.zeros(1, np.int64)
+        argmax_all(logits.ctypes.data, logits.strides[0], columns, out, (2, counter.ctypes.data))
+        assert (out == logits.argmax(1)).all()
