@@ -26,6 +26,7 @@ from harness import MODEL, Server, free_port
 from ray import serve
 
 from tailserve.cluster.config import parse_config
+from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments.app import build_app
 
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=200)
     args = parser.parse_args()
+    prepare_serve()
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
