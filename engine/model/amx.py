@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from typing import Any
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from tailserve.engine.model.llvm import call, pointer
 
 TILE = 16
 """Rows of a tile, and its columns of 4 bytes."""
@@ -36,9 +39,8 @@ HAS_AMX = _allowed()
 """Whether this process may run what is below."""
 
 
-def configuration(sums: list[tuple[int, int]], x: list[tuple[int, int]], panels: list[tuple[int, int]]) -> np.ndarray:
+def configuration(sizes: list[tuple[int, int]]) -> np.ndarray:
     """The 64 bytes for `configure`: (rows, bytes of a row) of each tile, in the order of their numbers."""
-    sizes = [*sums, *x, *panels]
     out = np.zeros(64, np.uint8)
     out[0] = 1
     for tile, (rows, width) in enumerate(sizes):
@@ -47,19 +49,25 @@ def configuration(sums: list[tuple[int, int]], x: list[tuple[int, int]], panels:
     return out
 
 
-def _call(builder: ir.IRBuilder, name: str, *operands: ir.Value) -> None:
-    module = builder.module
-    if name not in module.globals:
-        ir.Function(module, ir.FunctionType(ir.VoidType(), [operand.type for operand in operands]), name)
-    builder.call(module.globals[name], operands)
-
-
 def _number(tile: types.IntegerLiteral) -> ir.Value:
     return ir.Constant(ir.IntType(8), tile.literal_value)
 
 
-def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return builder.inttoptr(address, ir.IntType(8).as_pointer())
+def _transfer(name: str) -> Any:
+    def typed(context, tile, address, stride):
+        def codegen(own, builder, signature, args):
+            call(builder, name, ir.VoidType(), _number(tile), pointer(builder, args[1], ir.IntType(8)), args[2])
+            return own.get_dummy_value()
+
+        return types.void(tile, types.intp, types.intp), codegen
+
+    return intrinsic(prefer_literal=True)(typed)
+
+
+load = _transfer("llvm.x86.tileloadd64")
+"""load(tile, address, stride): the tile's rows begin `stride` bytes after one another."""
+save = _transfer("llvm.x86.tilestored64")
+"""save(tile, address, stride): the opposite of `load`."""
 
 
 @intrinsic
@@ -67,7 +75,7 @@ def configure(context, address):
     """Takes the tiles, with the sizes of a `configuration`."""
 
     def codegen(own, builder, signature, args):
-        _call(builder, "llvm.x86.ldtilecfg", _pointer(builder, args[0]))
+        call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), pointer(builder, args[0], ir.IntType(8)))
         return own.get_dummy_value()
 
     return types.void(types.intp), codegen
@@ -78,7 +86,7 @@ def release(context):
     """Gives the tiles back."""
 
     def codegen(own, builder, signature, args):
-        _call(builder, "llvm.x86.tilerelease")
+        call(builder, "llvm.x86.tilerelease", ir.VoidType())
         return own.get_dummy_value()
 
     return types.void(), codegen
@@ -89,32 +97,10 @@ def zero(context, tile):
     """tile = 0."""
 
     def codegen(own, builder, signature, args):
-        _call(builder, "llvm.x86.tilezero", _number(tile))
+        call(builder, "llvm.x86.tilezero", ir.VoidType(), _number(tile))
         return own.get_dummy_value()
 
     return types.void(tile), codegen
-
-
-@intrinsic(prefer_literal=True)
-def load(context, tile, address, stride):
-    """tile = the rows that begin `stride` bytes after one another."""
-
-    def codegen(own, builder, signature, args):
-        _call(builder, "llvm.x86.tileloadd64", _number(tile), _pointer(builder, args[1]), args[2])
-        return own.get_dummy_value()
-
-    return types.void(tile, types.intp, types.intp), codegen
-
-
-@intrinsic(prefer_literal=True)
-def save(context, tile, address, stride):
-    """The opposite of `load`."""
-
-    def codegen(own, builder, signature, args):
-        _call(builder, "llvm.x86.tilestored64", _number(tile), _pointer(builder, args[1]), args[2])
-        return own.get_dummy_value()
-
-    return types.void(tile, types.intp, types.intp), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -122,7 +108,7 @@ def dot(context, sums, x, panel):
     """sums [rows, 16], float32 += x [rows, 2 K], bfloat16, times panel [K, 16, 2]."""
 
     def codegen(own, builder, signature, args):
-        _call(builder, "llvm.x86.tdpbf16ps", _number(sums), _number(x), _number(panel))
+        call(builder, "llvm.x86.tdpbf16ps", ir.VoidType(), _number(sums), _number(x), _number(panel))
         return own.get_dummy_value()
 
     return types.void(sums, x, panel), codegen

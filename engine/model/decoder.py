@@ -119,10 +119,12 @@ class CompiledDecoder:
         weights, shape = self._weights, self._shape
         kind, size = weights.qkv.dtype, weights.input_norm.shape[1]
         attended = shape.heads * shape.head_dim
+        # Behind the last layer it holds hidden states.
+        columns = max(weights.qkv.shape[1] * COLUMNS, size)
         return Scratch(
             hidden=aligned((tokens * size,), np.float32),
             normed=aligned((tokens * size,), kind),
-            qkv=aligned((tokens * weights.qkv.shape[1] * COLUMNS,), np.float32),
+            qkv=aligned((tokens * columns,), np.float32),
             query=aligned((tokens * attended,), kind),
             attended=aligned((tokens * attended,), kind),
             inner=aligned((tokens * weights.gate_up.shape[1] // 2 * COLUMNS,), kind),

@@ -21,10 +21,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from tailserve.engine.model.amx import HAS_AMX
+from tailserve.engine.model.llvm import call, pointer
+
 # Numba's cache looks at the file of a function, not at the files of those it calls: compiled code would outlive a change of
-# them. So each state of these sources has a cache of its own.
+# them. So each state of these sources has a cache of its own, and so has a process that may not use what its CPU can.
 _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-numba.config.CACHE_DIR = str(Path(__file__).parent / "__pycache__" / f"numba-{_sources.hexdigest()[:16]}")  # type: ignore[attr-defined]
+_instructions = "amx" if HAS_AMX else "vectors"
+numba.config.CACHE_DIR = str(Path(__file__).parent / "__pycache__" / f"numba-{_sources.hexdigest()[:16]}-{_instructions}")  # type: ignore[attr-defined]
 
 Kind = Literal["float32", "bfloat16"]
 
@@ -90,14 +94,14 @@ def _tile(
     def address(base: ir.Value, stride: ir.Value, row: int) -> ir.Value:
         return builder.add(base, builder.mul(stride, ir.Constant(_I64, row)))
 
-    def pointer(row: int, column: int) -> ir.Value:
+    def cell(row: int, column: int) -> ir.Value:
         place = builder.add(address(out, out_stride, row), ir.Constant(_I64, 64 * column))
-        return builder.inttoptr(place, _VF.as_pointer())
+        return pointer(builder, place, _VF)
 
     cells = [(row, column) for row in range(height) for column in range(vectors)]
     zero = ir.Constant(_VF, None)
     wanted = builder.icmp_signed("!=", add, ir.Constant(_I64, 0))
-    begins = [builder.select(wanted, builder.load(pointer(*cell), align=4), zero) for cell in cells]
+    begins = [builder.select(wanted, builder.load(cell(*at), align=4), zero) for at in cells]
     before = builder.block
     loop, after = builder.append_basic_block("step"), builder.append_basic_block("store")
     builder.branch(loop)
@@ -107,14 +111,14 @@ def _tile(
     weights = []
     for column in range(vectors):
         place = builder.add(there, ir.Constant(_I64, 64 * column))
-        weights.append(builder.load(builder.inttoptr(place, _VI.as_pointer()), align=64))
+        weights.append(builder.load(pointer(builder, place, _VI), align=64))
     ends = []
     of_strip = builder.mul(builder.udiv(step, ir.Constant(_I64, strip)), strip_stride)
     in_strip = builder.mul(builder.urem(step, ir.Constant(_I64, strip)), ir.Constant(_I64, 4))
     here = builder.add(x, builder.add(of_strip, in_strip))
     undefined = ir.Constant(_VI, ir.Undefined)
     for row in range(height):
-        scalar = builder.load(builder.inttoptr(address(here, x_stride, row), _I32.as_pointer()), align=4)
+        scalar = builder.load(pointer(builder, address(here, x_stride, row), _I32), align=4)
         first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
         spread = builder.shuffle_vector(first, undefined, ir.Constant(_VI, None))
         ends += [emit(builder, sums[row * vectors + column], weights[column], spread) for column in range(vectors)]
@@ -130,24 +134,17 @@ def _tile(
         phi.add_incoming(begin, before)
         phi.add_incoming(end, loop)
     builder.position_at_end(after)
-    for cell, end in zip(cells, ends, strict=True):
-        builder.store(end, pointer(*cell), align=4)
-
-
-def _call(builder: ir.IRBuilder, name: str, kind: ir.VectorType, *args: ir.Value) -> ir.Value:
-    module = builder.module
-    if name not in module.globals:
-        ir.Function(module, ir.FunctionType(kind, [arg.type for arg in args]), name)
-    return builder.call(module.globals[name], args)
+    for at, end in zip(cells, ends, strict=True):
+        builder.store(end, cell(*at), align=4)
 
 
 def _float32(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
-    return _call(builder, "llvm.fma.v16f32", _VF, builder.bitcast(weights, _VF), builder.bitcast(x, _VF), total)
+    return call(builder, "llvm.fma.v16f32", _VF, builder.bitcast(weights, _VF), builder.bitcast(x, _VF), total)
 
 
 def _bfloat16(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
     if HAS_BF16_DOT:
-        return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VF, total, weights, x)
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VF, total, weights, x)
     high, low = ir.Constant(_VI, [-65536] * LANES), ir.Constant(_VI, [16] * LANES)
     total = _float32(builder, total, builder.shl(weights, low), builder.shl(x, low))
     return _float32(builder, total, builder.and_(weights, high), builder.and_(x, high))

@@ -11,14 +11,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from tailserve.engine.model.llvm import call, pointer
+
 
 @intrinsic
 def take(context, counter):
     """The number at an address of 8 bytes, which goes up by one for the next to come."""
 
     def codegen(own, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+        place = pointer(builder, args[0], ir.IntType(64))
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.intp(types.intp), codegen
 
@@ -28,13 +30,8 @@ def prefetch(context, address):
     """Asks for the cache line at an address, whether or not there is memory, into the second level."""
 
     def codegen(own, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
         into = [ir.Constant(ir.IntType(32), value) for value in (0, 2, 1)]
-        kinds = [pointer.type, *(value.type for value in into)]
-        module, name = builder.module, "llvm.prefetch.p0"
-        if name not in module.globals:
-            ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), name)
-        builder.call(module.globals[name], [pointer, *into])
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, args[0], ir.IntType(8)), *into)
         return own.get_dummy_value()
 
     return types.void(types.intp), codegen

@@ -23,7 +23,7 @@ PAGE = LANES
 """Tokens of a page of keys or values."""
 
 MAX_ROWS = 2 * TILE if HAS_AMX else HEIGHTS[0]
-"""Rows of `multiply`, `score` and `weigh`."""
+"""Rows of one `multiply`; `score` and `weigh` take any number."""
 
 
 _multiply_float32, _multiply_bfloat16 = product("float32", 2), product("bfloat16", 2)
@@ -31,12 +31,12 @@ _score_float32, _score_bfloat16 = product("float32", 1), product("bfloat16", 1)
 
 
 def _configurations(depth: int) -> np.ndarray:
-    """[rows of x]: two by two sums, two tiles of x and two of a panel of `depth` * 2 rows of weights."""
-    tables = [configuration([], [], [])]
+    """[rows of x]: two by two sums, two tiles of x, and two of a panel of `depth` * 2 rows of weights."""
+    tables = [np.zeros(64, np.uint8)]
     for rows in range(1, 2 * TILE + 1):
         upper, lower = min(rows, TILE), max(rows - TILE, 1)
-        sums = [(upper, 64)] * 2 + [(lower, 64)] * 2
-        tables.append(configuration(sums, [(upper, 4 * depth), (lower, 4 * depth)], [(depth, 64)] * 2))
+        x = [(upper, 4 * depth), (lower, 4 * depth)]
+        tables.append(configuration([(upper, 64)] * 2 + [(lower, 64)] * 2 + x + [(depth, 64)] * 2))
     return np.stack(tables)
 
 
@@ -108,11 +108,7 @@ def _multiply_tiles(rows, x, strip_stride, panel, steps, out, out_stride, add, a
         x += strip_stride
         panel += TILE * 128
         ahead += lines * 64
-    save(0, out, out_stride)
-    save(1, out + 64, out_stride)
-    if lower:
-        save(2, lower_out, out_stride)
-        save(3, lower_out + 64, out_stride)
+    _save(rows, out, out_stride)
     release()
 
 
@@ -129,7 +125,9 @@ def _score(query, rows, x, x_stride, pages, steps, out, out_stride):  # pragma: 
     if query.dtype == types.uint16 and HAS_AMX:
 
         def tiles(query, rows, x, x_stride, pages, steps, out, out_stride):
-            _score_tiles(rows, x, x_stride, pages, steps, out, out_stride)
+            for top in range(0, rows, MAX_ROWS):
+                some = min(MAX_ROWS, rows - top)
+                _score_tiles(some, x + top * x_stride, x_stride, pages, steps, out + top * out_stride, out_stride)
 
         return tiles
 
@@ -151,25 +149,21 @@ def _score(query, rows, x, x_stride, pages, steps, out, out_stride):  # pragma: 
 @njit(cache=True, nogil=True)
 def _score_tiles(rows, x, x_stride, pages, steps, out, out_stride):  # pragma: no cover
     configure(_CONFIGURATIONS.ctypes.data + rows * 64)
-    lower, lower_out = x + TILE * x_stride, out + TILE * out_stride
+    lower, lower_out = rows > TILE, out + TILE * out_stride
     for p in range(len(pages)):
-        panel = pages[p]
         zero(0)
-        if rows <= TILE:
-            for step in range(0, steps, TILE):
-                load(6, panel + step * 64, 64)
-                load(4, x + step * 4, x_stride)
-                dot(0, 4, 6)
-        else:
+        if lower:
             zero(2)
-            for step in range(0, steps, TILE):
-                load(6, panel + step * 64, 64)
-                load(4, x + step * 4, x_stride)
-                load(5, lower + step * 4, x_stride)
-                dot(0, 4, 6)
+        for step in range(0, steps, TILE):
+            load(6, pages[p] + step * 64, 64)
+            load(4, x + step * 4, x_stride)
+            dot(0, 4, 6)
+            if lower:
+                load(5, x + TILE * x_stride + step * 4, x_stride)
                 dot(2, 5, 6)
-            save(2, lower_out + p * PAGE * 4, out_stride)
         save(0, out + p * PAGE * 4, out_stride)
+        if lower:
+            save(2, lower_out + p * PAGE * 4, out_stride)
     release()
 
 
@@ -187,8 +181,11 @@ def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # prag
     if query.dtype == types.uint16 and HAS_AMX:
 
         def tiles(query, rows, weights, stride, pages, parts, out, out_stride):
-            for part in range(parts):
-                _weigh_tiles(rows, weights, stride, pages, part * PAGE * COLUMNS * 2, out + part * COLUMNS * 4, out_stride)
+            for top in range(0, rows, MAX_ROWS):
+                some, source, target = min(MAX_ROWS, rows - top), weights + top * stride, out + top * out_stride
+                for part in range(parts):
+                    offset = part * PAGE * COLUMNS * 2
+                    _weigh_tiles(some, source, stride, pages, offset, target + part * COLUMNS * 4, out_stride)
 
         return tiles
 
@@ -213,32 +210,31 @@ def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # prag
 @njit(cache=True, nogil=True)
 def _weigh_tiles(rows, weights, stride, pages, offset, out, out_stride):  # pragma: no cover
     configure(_PAGE_CONFIGURATIONS.ctypes.data + rows * 64)
+    lower = rows > TILE
     zero(0)
     zero(1)
-    if rows <= TILE:
-        for p in range(len(pages)):
-            panel = pages[p] + offset
-            load(6, panel, 128)
-            load(7, panel + 64, 128)
-            load(4, weights + p * PAGE * 2, stride)
-            dot(0, 4, 6)
-            dot(1, 4, 7)
-    else:
+    if lower:
         zero(2)
         zero(3)
-        lower, lower_out = weights + TILE * stride, out + TILE * out_stride
-        for p in range(len(pages)):
-            panel = pages[p] + offset
-            load(6, panel, 128)
-            load(7, panel + 64, 128)
-            load(4, weights + p * PAGE * 2, stride)
-            load(5, lower + p * PAGE * 2, stride)
-            dot(0, 4, 6)
-            dot(1, 4, 7)
+    for p in range(len(pages)):
+        panel, x = pages[p] + offset, weights + p * PAGE * 2
+        load(6, panel, 128)
+        load(4, x, stride)
+        dot(0, 4, 6)
+        load(7, panel + 64, 128)
+        dot(1, 4, 7)
+        if lower:
+            load(5, x + TILE * stride, stride)
             dot(2, 5, 6)
             dot(3, 5, 7)
-        save(2, lower_out, out_stride)
-        save(3, lower_out + 64, out_stride)
+    _save(rows, out, out_stride)
+    release()
+
+
+@njit(cache=True, nogil=True)
+def _save(rows, out, out_stride):  # pragma: no cover
     save(0, out, out_stride)
     save(1, out + 64, out_stride)
-    release()
+    if rows > TILE:
+        save(2, out + TILE * out_stride, out_stride)
+        save(3, out + TILE * out_stride + 64, out_stride)

@@ -16,6 +16,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
+from tailserve.engine.model.llvm import call, pointer
+
 WIDTH = 16
 
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
@@ -38,19 +40,8 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, _VF)
 
 
-def _call(builder: ir.IRBuilder, name: str, kind: ir.Type, *args: ir.Value, **flags: Any) -> ir.Value:
-    module = builder.module
-    if name not in module.globals:
-        ir.Function(module, ir.FunctionType(kind, [arg.type for arg in args]), name)
-    return builder.call(module.globals[name], args, **flags)
-
-
 def _all(kind: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(kind, [value] * WIDTH)
-
-
-def _pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
-    return builder.inttoptr(address, kind.as_pointer())
 
 
 @intrinsic
@@ -58,7 +49,7 @@ def read(context, address):
     """16 float32."""
 
     def codegen(own, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], _VF), align=4)
+        return builder.load(pointer(builder, args[0], _VF), align=4)
 
     return vector(types.intp), codegen
 
@@ -68,7 +59,7 @@ def get(context, address):
     """One float32."""
 
     def codegen(own, builder, signature, args):
-        return builder.load(_pointer(builder, args[0], _F32), align=4)
+        return builder.load(pointer(builder, args[0], _F32), align=4)
 
     return types.float32(types.intp), codegen
 
@@ -78,7 +69,7 @@ def write(context, address, value):
     """16 float32."""
 
     def codegen(own, builder, signature, args):
-        builder.store(args[1], _pointer(builder, args[0], _VF), align=4)
+        builder.store(args[1], pointer(builder, args[0], _VF), align=4)
         return own.get_dummy_value()
 
     return types.void(types.intp, vector), codegen
@@ -93,7 +84,7 @@ def write_narrow(context, address, value):
         odd = builder.and_(builder.lshr(bits, _all(_VI, 16)), _all(_VI, 1))
         rounded = builder.add(bits, builder.add(odd, _all(_VI, 0x7FFF)))
         narrow = builder.trunc(builder.lshr(rounded, _all(_VI, 16)), _VH)
-        builder.store(narrow, _pointer(builder, args[0], _VH), align=2)
+        builder.store(narrow, pointer(builder, args[0], _VH), align=2)
         return own.get_dummy_value()
 
     return types.void(types.intp, vector), codegen
@@ -131,14 +122,14 @@ def _smaller(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
 
 
 def _fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    return _call(builder, "llvm.fma.v16f32", _VF, a, b, c)
+    return call(builder, "llvm.fma.v16f32", _VF, a, b, c)
 
 
 def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     low = _all(_VF, -87.0)
     under = builder.fcmp_ordered("<", x, low)
     x = _smaller(builder, _larger(builder, x, low), _all(_VF, 88.0))
-    n = _call(builder, "llvm.floor.v16f32", _VF, _fma(builder, x, _all(_VF, 1.44269504), _all(_VF, 0.5)))
+    n = call(builder, "llvm.floor.v16f32", _VF, _fma(builder, x, _all(_VF, 1.44269504), _all(_VF, 0.5)))
     f = _fma(builder, n, _all(_VF, -0.693359375), x)
     f = _fma(builder, n, _all(_VF, 2.12194440e-4), f)
     p = _all(_VF, 1.9875691500e-4)
@@ -183,7 +174,7 @@ def total(context, value):
 
     def codegen(own, builder, signature, args):
         zero = ir.Constant(_F32, -0.0)
-        return _call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, zero, args[0], fastmath=("reassoc",))
+        return call(builder, "llvm.vector.reduce.fadd.v16f32", _F32, zero, args[0], fastmath=("reassoc",))
 
     return types.float32(vector), codegen
 
@@ -193,6 +184,6 @@ def peak(context, value):
     """The largest of the 16."""
 
     def codegen(own, builder, signature, args):
-        return _call(builder, "llvm.vector.reduce.fmax.v16f32", _F32, args[0], fastmath=("nnan",))
+        return call(builder, "llvm.vector.reduce.fmax.v16f32", _F32, args[0], fastmath=("nnan",))
 
     return types.float32(vector), codegen

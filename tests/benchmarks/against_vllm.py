@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import shlex
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import contestants
 from contestants import Contestant
 
+from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments.bench.load import Client, Workload, closed_loop
 from tailserve.deployments.bench.report import summarize, table
 
@@ -100,6 +100,7 @@ def main() -> None:
     logs = Path(tempfile.mkdtemp(prefix="against-vllm-"))
     print(f"logs: {logs}")
     rows: list[dict[str, Any]] = []
+    serve_environment = prepare_serve()
     with (
         contestants.tailserve(logs, *shlex.split(args.flags)) as ours,
         contestants.vllm(logs, *shlex.split(args.vllm_flags)) as peer,
@@ -111,8 +112,7 @@ def main() -> None:
                 busiest = sorted(rows[-1]["cpu_%"].items(), key=lambda item: -item[1])[:8]
                 print("CPU at c=32: " + ", ".join(f"{name} {share:.0f}%" for name, share in busiest), flush=True)
     middle = medians(rows)
-    settings = {key: value for key, value in os.environ.items() if key.startswith("RAY_SERVE_")}
-    print(f"\nmedians of {args.rounds} rounds; RAY_SERVE_*: {settings or 'none set'}")
+    print(f"\nmedians of {args.rounds} rounds; RAY_SERVE_*: {serve_environment}")
     print(table(middle, [*COLUMNS, "client_cpu_%"]))
     print("\n".join(verdicts(middle)))
     if args.json:

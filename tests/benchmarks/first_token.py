@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 import time
 from pathlib import Path
@@ -53,8 +52,7 @@ async def measure(server: Server, count: int) -> None:
                 added.append(total - (after - before))
                 models.append(bare)
                 calls.append(call)
-    settings = {key: value for key, value in os.environ.items() if key.startswith("RAY_SERVE_")}
-    print(f"RAY_SERVE_*: {settings or 'none set'}")
+    print(f"RAY_SERVE_*: {prepare_serve()}")
     for name, values in (
         ("time to first token", totals),
         ("of which not the verifier", added),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 
+import httpx
 import openai
 import pytest
 import ray
@@ -16,6 +19,9 @@ from tailserve.cluster.config import parse_config
 from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments.app import build_app
 
+REPLICA_PORTS = range(30500, 30520)
+"""Serve gives the first that is free to the ingress replica."""
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[int]:
@@ -23,6 +29,7 @@ def ray_cluster() -> Iterator[int]:
     # As `tailserve serve` does, but for this process, where ray.serve is imported already: its handles are called from many
     # event loops, which Serve's throughput mode does not allow.
     prepare_serve()
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(REPLICA_PORTS[0])
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -57,6 +64,16 @@ def _wait_until_it_answers(server: Server) -> None:
         else:
             return
     raise TimeoutError("the server did not come up")
+
+
+@pytest.fixture
+def replica_url(server: Server) -> str:
+    """The ingress replica itself, without the proxy in front of it."""
+    for port in REPLICA_PORTS:
+        with contextlib.suppress(httpx.TransportError):
+            if "version" in httpx.get(f"http://127.0.0.1:{port}/version").json():
+                return f"http://127.0.0.1:{port}"
+    raise LookupError("no ingress replica listens")
 
 
 @pytest.fixture

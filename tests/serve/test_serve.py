@@ -102,33 +102,44 @@ async def test_sampling_with_a_seed_repeats_itself_alone_and_in_a_crowd(server: 
     assert [text for text, _ in crowd[:3]] == alone
 
 
-async def test_a_client_that_leaves_frees_its_sequence_at_once(
-    server: Server, client: openai.AsyncOpenAI, capsys: pytest.CaptureFixture[str]
+async def test_a_client_that_leaves_frees_its_sequence_within_two_steps(
+    server: Server, replica_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps, seconds = [], []
-    for leave_after in (1, 2, 4, 8):
-        before = await server.status()
-        stream = await client.completions.create(
-            model=MODEL, prompt="Hi", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
-        )
-        seen = 0
-        async for _ in stream:
-            seen += 1
-            if seen == leave_after:
-                break
-        left = await server.status()
-        await stream.close()
-        await asyncio.to_thread(server.check_idle)
-        after = await server.status()
-        assert after["stats"]["finished"]["abort"] == before["stats"]["finished"].get("abort", 0) + 1
-        assert after["load"]["kv_cache_usage"] == 0
-        steps.append(after["stats"]["steps"] - left["stats"]["steps"])
-        seconds.append(after["stats"]["verifier_seconds"] - left["stats"]["verifier_seconds"])
+    steps = await _steps_after_leaving(server, replica_url)
     with capsys.disabled():
         print(f"\nsteps between leaving and free blocks, the one under way included: {steps}")
-    # News of a closed connection takes its milliseconds through proxy, ingress and router, and a step of this model may take
-    # less: two steps, or this much of the verifier's time.
-    assert sorted(steps)[1] <= 2 or sorted(seconds)[1] < 0.15, "slower now and then, not as a rule"
+    assert sorted(steps)[1] <= 2, "the client side takes a step more now and then, not as a rule"
+
+
+async def test_haproxy_notices_a_client_that_leaves(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = await _steps_after_leaving(server, server.url)
+    with capsys.disabled():
+        print(f"\nsteps between leaving and free blocks through HAProxy: {steps}")
+    # It does not hear of every connection that was closed, but finds out when it writes the second time.
+    assert sorted(steps)[1] <= 4, "the client side takes a step more now and then, not as a rule"
+
+
+async def _steps_after_leaving(server: Server, url: str) -> list[int]:
+    steps = []
+    async with Server(url).async_client() as client:
+        for leave_after in (1, 2, 4, 8):
+            before = await server.status()
+            stream = await client.completions.create(
+                model=MODEL, prompt="Hi", max_tokens=1000, stream=True, extra_body={"ignore_eos": True}
+            )
+            seen = 0
+            async for _ in stream:
+                seen += 1
+                if seen == leave_after:
+                    break
+            left = await server.status()
+            await stream.close()
+            await asyncio.to_thread(server.check_idle)
+            after = await server.status()
+            assert after["stats"]["finished"]["abort"] == before["stats"]["finished"].get("abort", 0) + 1
+            assert after["load"]["kv_cache_usage"] == 0
+            steps.append(after["stats"]["steps"] - left["stats"]["steps"])
+    return steps
 
 
 async def test_a_critical_request_takes_a_slot_and_the_displaced_one_completes(

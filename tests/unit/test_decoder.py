@@ -26,6 +26,13 @@ WIDE: dict[str, Any] = TINY | {"hidden_size": 128, "vocab_size": 100}
 FITTING = {
     "llama": transformers.LlamaConfig(**WIDE),
     "llama, tied, one KV head": transformers.LlamaConfig(**(WIDE | {"num_key_value_heads": 1}), tie_word_embeddings=True),
+    "llama, 40 heads for one of keys": transformers.LlamaConfig(
+        **(WIDE | {"hidden_size": 640, "num_attention_heads": 40, "num_key_value_heads": 1, "initializer_range": 0.05}),
+        head_dim=32,
+    ),
+    "llama, wider than its heads": transformers.LlamaConfig(
+        **(WIDE | {"hidden_size": 256, "num_attention_heads": 1, "num_key_value_heads": 1}), head_dim=32
+    ),
     "mistral": transformers.MistralConfig(**WIDE, sliding_window=24),
     "qwen2": transformers.Qwen2Config(**WIDE),
     "qwen3": transformers.Qwen3Config(**WIDE, head_dim=64),
@@ -67,9 +74,11 @@ def test_backend_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert caught.value.param == "attention_backend"
 
 
+@pytest.mark.parametrize("kind", ["llama", "llama, 40 heads for one of keys", "llama, wider than its heads", "mistral"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_bits_do_not_depend_on_the_batch(dtype: str, tmp_path: Path) -> None:
-    paged = _load(save_model(FITTING["llama"], tmp_path), dtype)
+def test_bits_do_not_depend_on_the_batch(dtype: str, kind: str, tmp_path: Path) -> None:
+    paged = _load(save_model(FITTING[kind], tmp_path), dtype)
+    assert paged.backend == "compiled"
     for tokens, together in run_in_chunks(paged, 100):
         whole = paged.forward([Span(tokens, 0, list(range(5)), len(tokens))])
         assert torch.equal(together, whole)
