@@ -184,12 +184,14 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
         gated(normed, weights.gate_up, layer, inner, (threads, turn + 48))
         linear(inner, weights.down, layer, hidden.ctypes.data, strip, row, 1, (threads, turn + 56))
         turn += 64
+    logits = np.empty((len(wanted), weights.head.shape[1] * COLUMNS), np.float32)
+    if len(wanted) == 0:
+        return logits
     last = strips_of(scratch.qkv, weights.input_norm.shape[1], len(wanted))
     for n in range(len(wanted)):
         last[:, n] = hidden[:, wanted[n]]
     normed = strips_of(scratch.normed, weights.input_norm.shape[1], len(wanted))
     norm_all(last, weights.final_norm, epsilon, normed, (threads, turn))
-    logits = np.empty((len(wanted), weights.head.shape[1] * COLUMNS), np.float32)
     linear(normed, weights.head, 0, logits.ctypes.data, row, logits.strides[0], 0, (threads, turn + 8))
     return logits
 

@@ -86,6 +86,15 @@ def test_bits_do_not_depend_on_the_batch(dtype: str, kind: str, tmp_path: Path) 
         assert torch.equal(together, torch.cat(one_by_one))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_chunk_that_wants_no_logits_only_fills_the_cache(dtype: str, tmp_path: Path) -> None:
+    paged = _load(save_model(FITTING["llama"], tmp_path), dtype)
+    tokens = list(range(40))
+    whole = paged.forward([Span(tokens, 0, [0, 1, 2], 1)])
+    assert paged.forward([Span(tokens[:39], 0, [3, 4, 5], 0)]).shape == (0, 100)
+    assert torch.equal(paged.forward([Span(tokens[39:], 39, [3, 4, 5], 1)]), whole)
+
+
 def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path: Path) -> None:
     path = save_model(FITTING["llama"], tmp_path)
     exact, paged = _load(path, "float32"), _load(path, "bfloat16")
