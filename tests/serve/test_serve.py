@@ -102,6 +102,13 @@ async def test_sampling_with_a_seed_repeats_itself_alone_and_in_a_crowd(server: 
     assert [text for text, _ in crowd[:3]] == alone
 
 
+async def test_a_prompt_longer_than_a_step_is_answered_alone(client: openai.AsyncOpenAI) -> None:
+    prompt = [n % 1000 + 100 for n in range(1200)]
+    answer = await client.completions.create(model=MODEL, prompt=prompt, max_tokens=4, extra_body={"ignore_eos": True})
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (1200, 4)
+
+
 async def test_a_client_that_leaves_frees_its_sequence_within_two_steps(
     server: Server, replica_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
