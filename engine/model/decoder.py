@@ -15,9 +15,15 @@ from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_we
 from tailserve.engine.model.kernels import argmax_all, embed, gated, linear, norm_all
 from tailserve.engine.model.paged_kernels import attend, split_heads
 from tailserve.engine.model.spans import Span, pack
+from tailserve.engine.model.team import cycles
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
 
 DTYPES = (torch.bfloat16, torch.float32)
+
+
+PARTS = ("embedding", "norms", "qkv", "split heads", "attention", "output", "gate and up", "down", "head")
+"""What `CompiledDecoder.ticks` tells apart."""
+_EMBED, _NORM, _QKV, _SPLIT, _ATTEND, _OUTPUT, _GATE, _DOWN, _HEAD = range(len(PARTS))
 
 
 class Shape(NamedTuple):
@@ -76,6 +82,8 @@ class CompiledDecoder:
         self._scratch = self._allocate(MAX_ROWS)
         # Eight kernels a layer, one for each to share its work by, and those behind the last layer.
         self._counters = np.zeros(8 * layers + 8, np.int64)
+        self.ticks = np.zeros(len(PARTS), np.int64)
+        """The CPU's ticks that each of PARTS has taken since the start."""
         pair = 4 // kind.itemsize
         shape = (layers, num_blocks, kv_heads, block_size // PAGE)
         self._keys = aligned((*shape, head_dim // pair, PAGE * pair), kind)
@@ -95,6 +103,7 @@ class CompiledDecoder:
             self._num_threads,
             self._scratch,
             self._counters,
+            self.ticks,
             self._keys,
             self._values,
             batch.token_ids,
@@ -143,7 +152,8 @@ class CompiledDecoder:
 
 @njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
-    weights, shape, window, threads, scratch, counters, keys, values, token_ids, positions, slots, tiles, tables, wanted
+    weights, shape, window, threads, scratch, counters, ticks, keys, values, token_ids, positions, slots, tiles, tables,
+    wanted,
 ):
     """float32 logits [len(wanted), 32 P] of the tokens at the indices `wanted`. Stores keys and values on the way."""
     tokens, groups = len(token_ids), shape.heads // shape.kv_heads
@@ -158,10 +168,14 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     strip, row = hidden.strides[0], hidden.strides[1]
     counters[:] = 0
     turn = counters.ctypes.data
+    now = cycles()
     embed(token_ids, weights.embedding, hidden)
+    now = lap(ticks, _EMBED, now)
     for layer in range(len(weights.qkv)):
         norm_all(hidden, weights.input_norm[layer], epsilon, normed, (threads, turn))
+        now = lap(ticks, _NORM, now)
         linear(normed, weights.qkv, layer, qkv.ctypes.data, strip, row, 0, (threads, turn + 8))
+        now = lap(ticks, _QKV, now)
         split_heads(
             layer,
             qkv,
@@ -178,11 +192,17 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
             values,
             (threads, turn + 16),
         )
+        now = lap(ticks, _SPLIT, now)
         attend(layer, query, keys, values, tiles, tables, scaling, window, attended, (threads, turn + 24))
+        now = lap(ticks, _ATTEND, now)
         linear(attended, weights.output, layer, hidden.ctypes.data, strip, row, 1, (threads, turn + 32))
+        now = lap(ticks, _OUTPUT, now)
         norm_all(hidden, weights.post_norm[layer], epsilon, normed, (threads, turn + 40))
+        now = lap(ticks, _NORM, now)
         gated(normed, weights.gate_up, layer, inner, (threads, turn + 48))
+        now = lap(ticks, _GATE, now)
         linear(inner, weights.down, layer, hidden.ctypes.data, strip, row, 1, (threads, turn + 56))
+        now = lap(ticks, _DOWN, now)
         turn += 64
     logits = np.empty((len(wanted), weights.head.shape[1] * COLUMNS), np.float32)
     if len(wanted) == 0:
@@ -193,7 +213,16 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     normed = strips_of(scratch.normed, weights.input_norm.shape[1], len(wanted))
     norm_all(last, weights.final_norm, epsilon, normed, (threads, turn))
     linear(normed, weights.head, 0, logits.ctypes.data, row, logits.strides[0], 0, (threads, turn + 8))
+    lap(ticks, _HEAD, now)
     return logits
+
+
+@njit(cache=True, nogil=True)
+def lap(ticks, part, since):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Counts the time since `since` as a part's; the time now."""
+    now = cycles()
+    ticks[part] += now - since
+    return now
 
 
 @njit(cache=True, nogil=True)

@@ -1,11 +1,12 @@
-"""The inner loop of every matrix product on a CPU, as LLVM code: a few rows times one panel of packed columns.
+"""The inner loop of every matrix product on a CPU: a few rows times one panel of packed columns.
 
-Numba alone would not use the dot-product instructions (AVX512-BF16), nor keep a tile of sums in registers. The
-blocking is that of Goto and van de Geijn (Anatomy of high-performance matrix multiplication, 2008): a panel streams through
-once, and each of its vectors is used by every row of the tile.
+The blocking is that of Goto and van de Geijn (Anatomy of high-performance matrix multiplication, 2008): a panel streams
+through once, and each of its vectors is used by every row of the tile.
 
 A panel holds 16 * `vectors` columns, 4 bytes of each column in a step: one float32 or two bfloat16 of consecutive k. So both
-kinds walk memory alike: 4 bytes of x a row, 64 * `vectors` bytes of the panel. x lies in strips of 32 columns.
+kinds walk memory alike: 4 bytes of x a row, 64 * `vectors` bytes of the panel. `steps` steps of x are a strip.
+
+CPUs with AVX-512 run `tailserve.engine.model.avx512`; here is what any CPU can run, as LLVM code.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import llvmlite.binding
 import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from tailserve.engine.model import avx512
 from tailserve.engine.model.amx import HAS_AMX
 from tailserve.engine.model.llvm import call, pointer
 
@@ -35,43 +36,59 @@ Kind = Literal["float32", "bfloat16"]
 LANES = 16
 STRIP = 32
 """Columns of a strip of activations."""
-HEIGHTS = (12, 8, 6, 4, 3, 2, 1)
-"""Rows of a tile: with two vectors of columns, 24 sums and the operands fit the 32 registers of AVX-512. Other numbers of
-rows are made of these: each costs seconds of compilation."""
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VF, _VI = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 _Emit = Callable[[ir.IRBuilder, ir.Value, ir.Value, ir.Value], ir.Value]
 
-HAS_BF16_DOT = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+PORTABLE_HEIGHTS = (6, 4, 3, 2, 1)
 
 
-def product(kind: Kind, vectors: int) -> Any:
-    """A function `f(rows, x, x_stride, strip_stride, panel, out, out_stride, steps, add)` for Numba code.
+def heights(kind: Kind) -> tuple[int, ...]:
+    """The numbers of rows that a `product` takes, in descending order. Others are made of these."""
+    return tuple(range(avx512.TALLEST, 0, -1)) if _has_assembly(kind) else PORTABLE_HEIGHTS
 
-    out[rows, 16 * vectors], float32, is set to, or if `add` is not 0 raised by, x[rows, steps] times the panel. `rows` is
-    one of HEIGHTS. The others are addresses and strides in bytes: `x_stride` from row to row, `strip_stride` from a row's
-    32 columns to its next 32.
+
+def _has_assembly(kind: Kind) -> bool:
+    return avx512.HAS_BF16_DOT if kind == "bfloat16" else avx512.HAS_AVX512
+
+
+def product(kind: Kind, vectors: int, steps: int) -> Any:
+    """A function `f(rows, x, x_stride, strip_stride, panel, out, out_stride, strips, add, ahead, lines)` for Numba code.
+
+    out[rows, 16 * vectors], float32, is set to, or if `add` is not 0 raised by, x[rows, strips * steps] times the panel.
+    `rows` is one of the kind's `heights`. The others are addresses, and strides in bytes: `x_stride` from row to row,
+    `strip_stride` from a row's strip to its next. Meanwhile memory from `ahead` on may be asked for, so many cache lines for
+    each strip.
     """
+    if _has_assembly(kind):
+        return avx512.product(avx512.MULTIPLY[kind], vectors, steps)
+    return portable_product(kind, vectors, steps)
+
+
+def portable_product(kind: Kind, vectors: int, strip: int) -> Any:
+    """`product` for any CPU."""
     emit = _EMITTERS[kind]
-    strip = STRIP // _PAIRS[kind]
 
     @intrinsic
-    def multiply(context, rows, x, x_stride, strip_stride, panel, out, out_stride, steps, add):  # type: ignore[no-untyped-def]
-        def codegen(_, builder, signature, args):  # type: ignore[no-untyped-def]
-            count, *rest = args
+    def multiply(  # type: ignore[no-untyped-def]
+        context, rows, x, x_stride, strip_stride, panel, out, out_stride, strips, add, ahead, lines
+    ):
+        def codegen(own, builder, signature, args):  # type: ignore[no-untyped-def]
+            count, x, x_stride, strip_stride, panel, out, out_stride, strips, add, _, _ = args
+            steps = builder.mul(strips, ir.Constant(_I64, strip))
             done = builder.append_basic_block("done")
             choice = builder.switch(count, done)
-            for height in HEIGHTS:
+            for height in PORTABLE_HEIGHTS:
                 block = builder.append_basic_block(f"rows{height}")
                 choice.add_case(ir.Constant(_I64, height), block)
                 builder.position_at_end(block)
-                _tile(builder, height, vectors, strip, emit, *rest)
+                _tile(builder, height, vectors, strip, emit, x, x_stride, strip_stride, panel, out, out_stride, steps, add)
                 builder.branch(done)
             builder.position_at_end(done)
-            return _.get_dummy_value()
+            return own.get_dummy_value()
 
-        return types.void(*[types.intp] * 9), codegen
+        return types.void(*[types.intp] * 11), codegen
 
     return multiply
 
@@ -143,12 +160,9 @@ def _float32(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Va
 
 
 def _bfloat16(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
-    if HAS_BF16_DOT:
-        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VF, total, weights, x)
     high, low = ir.Constant(_VI, [-65536] * LANES), ir.Constant(_VI, [16] * LANES)
     total = _float32(builder, total, builder.shl(weights, low), builder.shl(x, low))
     return _float32(builder, total, builder.and_(weights, high), builder.and_(x, high))
 
 
-_PAIRS = {"float32": 1, "bfloat16": 2}
 _EMITTERS: dict[str, _Emit] = {"float32": _float32, "bfloat16": _bfloat16}

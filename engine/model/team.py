@@ -35,3 +35,13 @@ def prefetch(context, address):
         return own.get_dummy_value()
 
     return types.void(types.intp), codegen
+
+
+@intrinsic
+def cycles(context):
+    """The CPU's clock: ticks at a constant rate since some time."""
+
+    def codegen(own, builder, signature, args):
+        return call(builder, "llvm.readcyclecounter", ir.IntType(64))
+
+    return types.int64(), codegen

@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from tailserve.engine.model.amx import HAS_AMX, TILE, configuration, configure, dot, load, release, save, zero
-from tailserve.engine.model.microkernel import HEIGHTS, LANES, STRIP, product
+from tailserve.engine.model.microkernel import LANES, STRIP, heights, product
 from tailserve.engine.model.team import prefetch
 
 COLUMNS = STRIP
@@ -22,12 +22,16 @@ COLUMNS = STRIP
 PAGE = LANES
 """Tokens of a page of keys or values."""
 
-MAX_ROWS = 2 * TILE if HAS_AMX else HEIGHTS[0]
-"""Rows of one `multiply`; `score` and `weigh` take any number."""
+AHEAD = 2
+"""Pages between the one that is read and the one that is asked for: they lie anywhere, so the CPU cannot foresee them."""
 
+MAX_ROWS = 2 * TILE if HAS_AMX else heights("bfloat16")[0]
+"""Rows that one pass over a panel serves best; any number is right."""
 
-_multiply_float32, _multiply_bfloat16 = product("float32", 2), product("bfloat16", 2)
-_score_float32, _score_bfloat16 = product("float32", 1), product("bfloat16", 1)
+_HEIGHTS_FLOAT32, _HEIGHTS_BFLOAT16 = heights("float32"), heights("bfloat16")
+_multiply_float32, _multiply_bfloat16 = product("float32", 2, STRIP), product("bfloat16", 2, STRIP // 2)
+_score_float32, _score_bfloat16 = product("float32", 1, STRIP), product("bfloat16", 1, STRIP // 2)
+_weigh_float32, _weigh_bfloat16 = product("float32", 2, PAGE), product("bfloat16", 2, PAGE // 2)
 
 
 def _configurations(depth: int) -> np.ndarray:
@@ -62,14 +66,18 @@ def _multiply(x, begin, rows, panel, steps, out, out_stride, add, ahead, lines):
 
         return tiles
 
-    kernel = _multiply_bfloat16 if x.dtype == types.uint16 else _multiply_float32
+    narrow = x.dtype == types.uint16
+    kernel = _multiply_bfloat16 if narrow else _multiply_float32
+    heights = _HEIGHTS_BFLOAT16 if narrow else _HEIGHTS_FLOAT32
+    strip = STRIP // 2 if narrow else STRIP
 
     def vectors(x, begin, rows, panel, steps, out, out_stride, add, ahead, lines):
         stride = x.strides[1]
         address = x.ctypes.data + begin * stride
-        for height in HEIGHTS:
+        for height in heights:
             while rows >= height:
-                kernel(height, address, stride, x.strides[0], panel, out, out_stride, steps, add)
+                kernel(height, address, stride, x.strides[0], panel, out, out_stride, steps // strip, add, ahead, lines)
+                lines = 0
                 rows -= height
                 address += height * stride
                 out += height * out_stride
@@ -131,14 +139,18 @@ def _score(query, rows, x, x_stride, pages, steps, out, out_stride):  # pragma: 
 
         return tiles
 
-    kernel = _score_bfloat16 if query.dtype == types.uint16 else _score_float32
-    strip = COLUMNS * 2 if query.dtype == types.uint16 else COLUMNS * 4
+    narrow = query.dtype == types.uint16
+    kernel = _score_bfloat16 if narrow else _score_float32
+    heights = _HEIGHTS_BFLOAT16 if narrow else _HEIGHTS_FLOAT32
+    strip = STRIP // 2 if narrow else STRIP
 
     def vectors(query, rows, x, x_stride, pages, steps, out, out_stride):
-        for height in HEIGHTS:
+        for height in heights:
             while rows >= height:
                 for p in range(len(pages)):
-                    kernel(height, x, x_stride, strip, pages[p], out + p * PAGE * 4, out_stride, steps, 0)
+                    ahead = pages[min(p + AHEAD, len(pages) - 1)]
+                    target = out + p * PAGE * 4
+                    kernel(height, x, x_stride, strip * 4, pages[p], target, out_stride, steps // strip, 0, ahead, strip)
                 rows -= height
                 x += height * x_stride
                 out += height * out_stride
@@ -189,17 +201,21 @@ def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # prag
 
         return tiles
 
-    kernel = _multiply_bfloat16 if query.dtype == types.uint16 else _multiply_float32
-    pair = 2 if query.dtype == types.uint16 else 1
+    narrow = query.dtype == types.uint16
+    kernel = _weigh_bfloat16 if narrow else _weigh_float32
+    heights = _HEIGHTS_BFLOAT16 if narrow else _HEIGHTS_FLOAT32
+    size = 2 if narrow else 4
+    lines = PAGE * COLUMNS * size // 64
 
     def vectors(query, rows, weights, stride, pages, parts, out, out_stride):
-        for height in HEIGHTS:
+        for height in heights:
             while rows >= height:
                 for p in range(len(pages)):
+                    ahead = pages[min(p + AHEAD, len(pages) - 1)]
                     for part in range(parts):
-                        panel = pages[p] + part * PAGE * COLUMNS * 4 // pair
-                        source = weights + p * PAGE * 4 // pair
-                        kernel(height, source, stride, 0, panel, out + part * COLUMNS * 4, out_stride, PAGE // pair, 1)
+                        offset, source = part * PAGE * COLUMNS * size, weights + p * PAGE * size
+                        target = out + part * COLUMNS * 4
+                        kernel(height, source, stride, 0, pages[p] + offset, target, out_stride, 1, 1, ahead + offset, lines)
                 rows -= height
                 weights += height * stride
                 out += height * out_stride

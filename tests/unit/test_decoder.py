@@ -15,7 +15,7 @@ from tailserve.engine.errors import ConfigError
 from tailserve.engine.model.decoder_weights import aligned
 from tailserve.engine.model.kernels import argmax_all
 from tailserve.engine.model.loading import load_model
-from tailserve.engine.model.microkernel import HEIGHTS, LANES, STRIP, product
+from tailserve.engine.model.microkernel import LANES, PORTABLE_HEIGHTS, heights, portable_product, product
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.spans import Span
 from tailserve.engine.model.vectors import exp, read, write
@@ -107,25 +107,28 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path: Path) -> None
     assert sum(ours) < sum(theirs)
 
 
+@pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_product_equals_a_matrix_product(kind: Any) -> None:
+@pytest.mark.parametrize(("make", "sizes"), [(product, heights), (portable_product, lambda _: PORTABLE_HEIGHTS)])
+def test_product_equals_a_matrix_product(make: Any, sizes: Any, kind: Any, vectors: int) -> None:
     pair = 2 if kind == "bfloat16" else 1
-    multiply = product(kind, 2)
+    multiply = make(kind, vectors, 16 // pair)
 
     @njit
     def run(rows, x, panel, out):  # type: ignore[no-untyped-def]
-        address, stride, width = x.ctypes.data, x.strides[0], STRIP * x.itemsize
+        address, stride, strip = x.ctypes.data, x.strides[0], 16 * x.itemsize
+        there, strips = panel.ctypes.data, x.shape[1] // 16
         for add in range(2):
-            multiply(rows, address, stride, width, panel.ctypes.data, out.ctypes.data, out.strides[0], len(panel), add)
+            multiply(rows, address, stride, strip, there, out.ctypes.data, out.strides[0], strips, add, there, 3)
 
     dtype = getattr(torch, kind)
-    weight = torch.randn(2 * LANES, 48).to(dtype)
-    packed = weight.view(2 * LANES, 48 // pair, pair).transpose(0, 1).reshape(48 // pair, -1).contiguous()
+    weight = torch.randn(vectors * LANES, 48).to(dtype)
+    packed = weight.view(vectors * LANES, 48 // pair, pair).transpose(0, 1).reshape(48 // pair, -1).contiguous()
     panel = aligned(tuple(packed.shape), np.uint16 if pair == 2 else np.float32)
     panel[...] = packed.view(torch.uint16).numpy() if pair == 2 else packed.numpy()
-    for rows in HEIGHTS:
+    for rows in sizes(kind):
         x = torch.randn(rows, 48).to(dtype)
-        out = np.full((rows + 1, 2 * LANES), 7.0, np.float32)
+        out = np.full((rows + 1, vectors * LANES), 7.0, np.float32)
         run(rows, x.view(torch.uint16).numpy() if pair == 2 else x.numpy(), panel, out)
         expected = 2 * x.float() @ weight.float().T
         torch.testing.assert_close(torch.from_numpy(out[:rows]), expected, rtol=1e-4, atol=1e-4)
