@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -44,7 +45,7 @@ class Channel(Generic[Outgoing, Incoming]):
 
     def receive(self, timeout_s: float) -> Incoming | None:
         """The next message, or None after `timeout_s` seconds. msgspec.DecodeError if it is not of the declared type."""
-        if not self._socket.poll(int(timeout_s * 1000)):
+        if not self._socket.poll(math.ceil(timeout_s * 1000)):
             return None
         return self._decoder.decode(self._socket.recv())
 

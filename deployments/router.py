@@ -31,6 +31,11 @@ from tailserve.engine.types import ModelInfo, Request
 logger = logging.getLogger(__name__)
 
 
+_CPU_PROMPT_CHUNK = 32
+"""Prompt tokens beside generating sequences where every token costs time. Beside many, prompts are read as fast in small
+chunks as in large ones, since the weights are read for the others anyway."""
+
+
 class Router:
     """Starts the verifier and the draft of its instance, and owns queue, scheduler and block tables.
 
@@ -192,8 +197,10 @@ def load_options(config: TailserveConfig) -> LoadOptions:
 
 def engine_settings(config: TailserveConfig, info: ModelInfo) -> EngineConfig:
     """The engine's configuration, once the model is known. ConfigError for sizes that cannot work together."""
+    chunk = config.max_prompt_chunk or (_CPU_PROMPT_CHUNK if info.device == "cpu" else config.max_num_batched_tokens)
     return EngineConfig(
         classes=config.classes(),
+        max_prompt_chunk=chunk,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=info.max_model_len,

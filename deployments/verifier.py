@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,8 @@ class VerifierExecutor:
         )
         self._step_timeout_s = step_timeout_s
         self._max_restarts = max_restarts
+        self._waiting_since: float | None = None
+        """Since when the oldest step has been waited for."""
 
     def start(self) -> ModelInfo:
         info: ModelInfo = self.process.start()
@@ -76,18 +79,26 @@ class VerifierExecutor:
         if channel is None or self.process.ended or not channel.send(batch):
             raise ExecutorLostError("the verifier process ended between two steps")
 
-    def poll(self) -> StepResult:
+    def poll(self, timeout_s: float | None = None) -> StepResult | None:
         channel = self.process.channel
         assert channel is not None
-        deadline = time.monotonic() + self._step_timeout_s
-        while (result := channel.receive(POLL_S)) is None:
+        now = time.monotonic()
+        if self._waiting_since is None:
+            self._waiting_since = now
+        until = math.inf if timeout_s is None else now + timeout_s
+        while (result := channel.receive(max(min(POLL_S, until - now), 0.0))) is None:
+            now = time.monotonic()
             if self.process.ended:
                 raise ExecutorLostError("the verifier process ended in a step")
-            if time.monotonic() > deadline:
+            if now - self._waiting_since > self._step_timeout_s:
                 raise ExecutorLostError(f"the verifier did not answer within {self._step_timeout_s:g} s")
+            if now >= until:
+                return None
+        self._waiting_since = None
         return result
 
     def restart(self) -> None:
+        self._waiting_since = None
         for attempt in range(1, self._max_restarts + 1):
             self.process.kill()
             try:

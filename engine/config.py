@@ -16,6 +16,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences that may run at once."""
     max_num_batched_tokens: int = 512
     """Tokens of one step: prompt chunks, single tokens and draft tokens together."""
+    max_prompt_chunk: int = 512
+    """Prompt tokens of a step in which others generate, so that a long prompt does not hold them up."""
     max_model_len: int
     """Prompt and answer together."""
     num_blocks: int

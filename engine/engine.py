@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from tailserve.engine.config import EngineConfig
+from tailserve.engine.cost import StepTimes, count_tokens
 from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.scheduler import Scheduler
 from tailserve.engine.speculation.coordinator import DraftCoordinator
@@ -18,6 +21,8 @@ from tailserve.engine.types import Batch, Request, StepResult, TokenChunk
 logger = logging.getLogger(__name__)
 
 
+LEAD_S = 0.002
+"""How long before a step's expected end the next is scheduled: what the router needs for it on a busy machine."""
 MAX_LOSSES = 3
 """Losses of the executor with no step completed between them, after which its requests end: one of them may be the cause."""
 
@@ -29,10 +34,14 @@ class Executor(Protocol):
     def lost(self) -> bool:
         """True once its process has ended, whether or not a step is under way."""
 
-    def submit(self, batch: Batch) -> None: ...
+    def submit(self, batch: Batch) -> None:
+        """Starts a step, or puts it behind those under way."""
 
-    def poll(self) -> StepResult:
-        """Waits for the oldest submitted step. ExecutorLostError when its process died or hangs."""
+    def poll(self, timeout_s: float | None = None) -> StepResult | None:
+        """Waits for the oldest submitted step; None if it takes longer than `timeout_s`.
+
+        ExecutorLostError when its process died or hangs.
+        """
 
     def restart(self) -> None:
         """Starts over after a loss: no rows, no KV. Waits until the model is loaded. ExecutorLostError if it fails."""
@@ -54,6 +63,11 @@ class Engine:
         self._executor = executor
         self._clock = clock
         self._losses = 0
+        self._under_way: deque[int] = deque()
+        """Token counts of the submitted steps, oldest first."""
+        self._times = StepTimes()
+        self._due = 0.0
+        """When the step behind the one that runs is to be scheduled."""
         self.broken = False
         """The executor could not be restarted at the last attempt."""
         self.drafts: DraftCoordinator | None = None
@@ -61,10 +75,12 @@ class Engine:
             self.drafts = DraftCoordinator(
                 drafter, num_tokens=config.num_speculative_tokens, timeout_s=config.draft_timeout_s, stats=self.stats
             )
+        # Behind a step with drafts nothing can be scheduled.
+        self._depth = 1 if self.drafts else 2
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return bool(self.scheduler.has_work or self._under_way)
 
     def add(self, request: Request) -> None:
         """Takes a request in. InvalidRequestError if it could never run."""
@@ -80,23 +96,52 @@ class Engine:
         return self._executor.lost and not self.broken
 
     def step(self) -> list[TokenChunk]:
-        """One step of the whole batch: schedule, run, commit. Drafts for the next step start before it returns."""
+        """Goes on with the batch: schedule, run, commit. Drafts for the next step start before it returns.
+
+        The next step is scheduled shortly before the one that runs has ended, so that the verifier need not wait for it and
+        who arrives meanwhile is in it. To let them in, a call returns at that moment too, with nothing.
+        """
         if self.executor_lost:
             return self._recover("its process ended between two steps")
-        drafts = self.drafts.collect() if self.drafts else {}
-        batch = self.scheduler.schedule(self._clock(), drafts)
-        if batch is None:
-            return self.scheduler.take_ended()
         try:
-            self._executor.submit(batch)
-            result = self._executor.poll()
+            if not self._under_way or (len(self._under_way) < self._depth and self._clock() >= self._due):
+                self._schedule()
+            if not self._under_way:
+                return self.scheduler.take_ended()
+            result = self._executor.poll(self._time_to_spare())
         except ExecutorLostError as error:
             return self._recover(error.message)
+        if result is None:
+            return self.scheduler.take_ended()
         self._losses = 0
+        self._times.observe(self._under_way.popleft(), result.duration_s)
+        self._expect_end()
         chunks = self.scheduler.commit(result)
         if self.drafts:
             self.drafts.start(result.step, self.scheduler.residency.running)
         return chunks
+
+    def _schedule(self) -> None:
+        drafts = self.drafts.collect() if self.drafts else {}
+        batch = self.scheduler.schedule(self._clock(), drafts)
+        # Without anything to put behind it, the step that runs is waited for.
+        self._due = math.inf
+        if batch is not None:
+            self._executor.submit(batch)
+            self._under_way.append(count_tokens(batch))
+            if len(self._under_way) == 1:
+                self._expect_end()
+
+    def _expect_end(self) -> None:
+        """A step begins to run now, if there is one: when to schedule the next."""
+        predicted = self._times.predict(self._under_way[0]) if self._under_way else None
+        self._due = math.inf if predicted is None else self._clock() + predicted - LEAD_S
+
+    def _time_to_spare(self) -> float | None:
+        """Seconds until the next step is to be scheduled; None if that is not due before a result."""
+        if len(self._under_way) >= self._depth or self._due == math.inf:
+            return None
+        return max(self._due - self._clock(), 0.0)
 
     def gauges(self) -> EngineGauges:
         residency = self.scheduler.residency
@@ -113,6 +158,7 @@ class Engine:
     def _recover(self, reason: str) -> list[TokenChunk]:
         logger.error("the verifier is lost (%s); restarting it, running requests go on from their tokens", reason)
         chunks = self.scheduler.take_ended()
+        self._under_way.clear()
         self.scheduler.recover()
         self.stats.executor_restarts += 1
         self._losses += 1

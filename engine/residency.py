@@ -101,7 +101,7 @@ class Residency:
         self.pool.acquire(cached)
         seq.block_ids = cached
         seq.num_registered = len(cached)
-        seq.num_computed = len(cached) * size
+        seq.num_computed = seq.num_scheduled = len(cached) * size
         seq.row, self._next_row = self._next_row, self._next_row + 1
         insort(self.running, seq, key=place_in_line)
         self.stats.prefix_cache_queries += len(seq.token_ids)
@@ -151,6 +151,7 @@ class Residency:
         for seq in self.running:
             assert seq.row is not None, "a running sequence has no row"
             assert 0 <= seq.num_computed < len(seq.token_ids), "a sequence is computed past its last token"
+            assert seq.num_computed <= seq.num_scheduled, "a sequence is scheduled behind what is computed"
             assert len(seq.block_ids) * self.config.block_size >= seq.num_computed, "computed tokens have no block"
         assert all(seq.row is None and not seq.block_ids for seq in self.waiting), "a waiting sequence holds something"
 
@@ -171,7 +172,7 @@ class Residency:
         self.pool.release(seq.block_ids)
         seq.block_ids = []
         seq.row = None
-        seq.num_computed = seq.num_registered = 0
+        seq.num_computed = seq.num_scheduled = seq.num_sampling = seq.num_registered = 0
 
 
 def _outranks(seq: Sequence, other: Sequence) -> bool:

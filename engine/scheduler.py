@@ -26,6 +26,7 @@ class Scheduled(NamedTuple):
     row: int
     start: int
     length: int
+    samples: bool
     draft: list[int]
 
 
@@ -66,7 +67,7 @@ class Scheduler:
                 param="prompt",
             )
         self._num_added += 1
-        seq = Sequence(request, slo, now - request.age_s, self._num_added)
+        seq = Sequence(request, slo, now - request.age_s, self._num_added, self.config.max_model_len)
         self._sequences[request.id] = seq
         if request.timeout_s is not None:
             self._timed[request.id] = seq
@@ -87,7 +88,11 @@ class Scheduler:
         return ended
 
     def schedule(self, now: float, drafts: Mapping[int, Draft]) -> Batch | None:
-        """The next batch, or None if there is nothing to do. `drafts` by row; those that no longer fit are dropped."""
+        """The next batch, or None if there is nothing to do. `drafts` by row; those that no longer fit are dropped.
+
+        Steps under way count as done, so the next can wait behind them at the verifier. Not so behind a step with drafts:
+        how many of them hold is not known before it is committed.
+        """
         for seq in [seq for seq in self._timed.values() if seq.expired(now)]:
             self._ended.append(self._finish(seq, Stop(FinishReason.LENGTH, "deadline")))
         residency = self.residency
@@ -96,7 +101,11 @@ class Scheduler:
         work: list[Scheduled] = []
         new_blocks: dict[int, list[int]] = {}
         # Every generating sequence is sure of one token; prompt chunks share what is left, most urgent first.
-        spare = self.config.max_num_batched_tokens - sum(seq.num_pending == 1 for seq in running)
+        generating = sum(seq.num_pending == 1 for seq in running)
+        spare = total = self.config.max_num_batched_tokens - generating
+        if generating:
+            spare = min(spare, self.config.max_prompt_chunk)
+        prompts = spare
         admitting, index = True, 0
         while True:
             admitted = False
@@ -110,13 +119,14 @@ class Scheduler:
             if length == 0:
                 index += 1
                 continue
-            if not residency.extend(seq, seq.num_computed + length, new_blocks):
+            if not residency.extend(seq, seq.num_scheduled + length, new_blocks):
                 continue  # it gave its own place up: the next one moved to this index
             spare -= 0 if sure else length
             assert seq.row is not None
-            work.append(Scheduled(seq, seq.row, seq.num_computed, length, []))
+            work.append(Scheduled(seq, seq.row, seq.num_scheduled, length, length == seq.num_pending, []))
             index += 1
         # Drafts come last: they must not take the block or the token that somebody needs.
+        spare += total - prompts
         for entry in work if drafts else ():
             entry.draft.extend(self._fit_draft(entry.seq, drafts, spare, new_blocks))
             spare -= len(entry.draft)
@@ -133,7 +143,9 @@ class Scheduler:
                 continue  # it ended or was displaced while the step ran
             seq.num_computed = entry.start + entry.length
             if token_ids:
+                seq.num_sampling -= 1
                 seq.num_computed += len(token_ids) - 1
+                seq.num_scheduled += len(token_ids) - 1
                 seq.num_drafted += len(entry.draft)
                 self.stats.draft_tokens += len(entry.draft)
                 chunks.append(self._append(seq, token_ids, result.logprobs.get(entry.row)))
@@ -215,12 +227,15 @@ class Scheduler:
         step = self._num_steps
         self._num_steps += 1
         self._in_flight[step] = work
+        for entry in work:
+            entry.seq.num_scheduled += entry.length
+            entry.seq.num_sampling += entry.samples
         return Batch(
             step=step,
             rows=[entry.row for entry in work],
             starts=[entry.start for entry in work],
             lengths=[entry.length for entry in work],
-            samples=[entry.start + entry.length == len(entry.seq.token_ids) for entry in work],
+            samples=[entry.samples for entry in work],
             drafts={entry.row: entry.draft for entry in work if entry.draft},
             new_blocks=new_blocks,
             joins=joins,

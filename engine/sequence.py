@@ -9,7 +9,8 @@ from tailserve.engine.types import Request, SloClass, Usage
 class Sequence:
     """A request's tokens, how far they are computed, and what it holds. Only the scheduler changes it.
 
-    There is no prefill and no decode phase: `num_computed` catches up with `len(token_ids)`.
+    There is no prefill and no decode phase: `num_computed` catches up with `len(token_ids)`. Steps under way have their
+    share in `num_scheduled` and `num_sampling` already, so that the next can be scheduled behind them.
     """
 
     __slots__ = (
@@ -18,11 +19,14 @@ class Sequence:
         "block_ids",
         "hashes",
         "key",
+        "max_len",
         "num_accepted_drafts",
         "num_cached",
         "num_computed",
         "num_drafted",
         "num_registered",
+        "num_sampling",
+        "num_scheduled",
         "prompt_len",
         "request",
         "row",
@@ -30,7 +34,7 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, slo: SloClass, arrival_s: float, number: int) -> None:
+    def __init__(self, request: Request, slo: SloClass, arrival_s: float, number: int, max_model_len: int) -> None:
         self.request = request
         self.slo = slo
         self.arrival_s = arrival_s
@@ -38,7 +42,12 @@ class Sequence:
         """Place in line: class, then arrival, then number. Keeps its value when the sequence is preempted."""
         self.token_ids = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
+        self.max_len = min(self.prompt_len + request.sampling.max_tokens, max_model_len)
         self.num_computed = 0
+        self.num_scheduled = 0
+        """Tokens computed once the steps under way have ended; `num_computed` when none is."""
+        self.num_sampling = 0
+        """Tokens that the steps under way will append, at least: one for each that samples for it."""
         self.num_cached: int | None = None
         """Prompt tokens found in the prefix cache at the first start; None before it."""
         self.row: int | None = None
@@ -59,8 +68,12 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Known tokens that are not computed yet; 1 while generating."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens to compute that are known, or will be once the steps under way have ended; 1 while generating.
+
+        0 if those steps are sure to end it.
+        """
+        num_tokens = len(self.token_ids) + self.num_sampling
+        return num_tokens - self.num_scheduled if num_tokens < self.max_len else 0
 
     def expired(self, now: float) -> bool:
         timeout_s = self.request.timeout_s

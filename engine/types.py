@@ -168,3 +168,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     kv_bytes_per_token: int
     attention_backend: str
+    device: str
+    """cpu or cuda."""

@@ -152,7 +152,20 @@ class CompiledDecoder:
 
 @njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
-    weights, shape, window, threads, scratch, counters, ticks, keys, values, token_ids, positions, slots, tiles, tables,
+    weights,
+    shape,
+    window,
+    threads,
+    scratch,
+    counters,
+    ticks,
+    keys,
+    values,
+    token_ids,
+    positions,
+    slots,
+    tiles,
+    tables,
     wanted,
 ):
     """float32 logits [len(wanted), 32 P] of the tokens at the indices `wanted`. Stores keys and values on the way."""

@@ -65,6 +65,7 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
         block_size=options.block_size,
         kv_bytes_per_token=per_token,
         attention_backend=paged.backend,
+        device=device.type,
     )
     return paged, info
 

@@ -13,6 +13,7 @@ import asyncio
 import json
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,7 @@ class InstantExecutor:
     def __init__(self) -> None:
         self.waited = 0.0
         self.sent: list[int] = []
+        self._results: deque[bytes] = deque()
 
     def submit(self, batch: Batch) -> None:
         data = msgspec.msgpack.encode(batch)
@@ -48,11 +50,11 @@ class InstantExecutor:
             [7] * (1 + len(batch.drafts.get(row, ())) // 2) if samples else []
             for row, samples in zip(batch.rows, batch.samples, strict=True)
         ]
-        self._result = msgspec.msgpack.encode(StepResult(batch.step, tokens, {}, 0.0))
+        self._results.append(msgspec.msgpack.encode(StepResult(batch.step, tokens, {}, 0.0)))
         self.waited += time.perf_counter() - begin
 
-    def poll(self) -> StepResult:
-        return msgspec.msgpack.decode(self._result, type=StepResult)
+    def poll(self, timeout_s: float | None = None) -> StepResult:
+        return msgspec.msgpack.decode(self._results.popleft(), type=StepResult)
 
     def restart(self) -> None:
         raise NotImplementedError

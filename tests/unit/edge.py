@@ -98,6 +98,7 @@ class Edge:
                 block_size=4,
                 kv_bytes_per_token=1,
                 attention_backend="fake",
+                device="cpu",
             )
         self.app = create_app(self.service)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 
 from tailserve.engine.config import EngineConfig
@@ -41,6 +42,8 @@ class FakeExecutor:
         self._reset()
         self.batches: list[Batch] = []
         self.fail_next = 0
+        self.seconds = 0.0
+        """How long it says that a step took. It answers at once, unless asked whether it would within a time."""
         self.restarts = 0
 
     @property
@@ -48,14 +51,16 @@ class FakeExecutor:
         return len(self._rows)
 
     def submit(self, batch: Batch) -> None:
-        self._pending = batch
+        self.waiting.append(batch)
         self.batches.append(batch)
 
-    def poll(self) -> StepResult:
+    def poll(self, timeout_s: float | None = None) -> StepResult | None:
         if self.fail_next:
             self.fail_next -= 1
             raise ExecutorLostError("killed by the test")
-        batch = self._pending
+        if timeout_s:
+            return None
+        batch = self.waiting.popleft()
         assert sum(batch.lengths) + sum(map(len, batch.drafts.values())) <= self._config.max_num_batched_tokens
         assert len(batch.rows) <= self._config.max_num_seqs
         results = []
@@ -72,7 +77,7 @@ class FakeExecutor:
             accepted = verify(work.draft, drawn)
             work.row.token_ids += accepted
             results.append(accepted)
-        return StepResult(batch.step, results, {}, 0.0)
+        return StepResult(batch.step, results, {}, self.seconds)
 
     def restart(self) -> None:
         self.restarts += 1
@@ -81,6 +86,7 @@ class FakeExecutor:
 
     def _reset(self) -> None:
         self._rows = Rows()
+        self.waiting: deque[Batch] = deque()
         self._kv = [[-1] * self._config.block_size for _ in range(self._config.num_blocks)]
 
     def _locate(self, block_ids: Sequence[int], position: int) -> tuple[int, int]:

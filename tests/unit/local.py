@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from fakes import engine_config
@@ -25,12 +26,13 @@ class LocalExecutor:
         self.restart()
 
     def submit(self, batch: Batch) -> None:
-        self._result = self._runner.run(batch)
+        self._results.append(self._runner.run(batch))
 
-    def poll(self) -> StepResult:
-        return self._result
+    def poll(self, timeout_s: float | None = None) -> StepResult:
+        return self._results.popleft()
 
     def restart(self) -> None:
+        self._results: deque[StepResult] = deque()
         self._runner = ModelRunner(self._model)
 
 

@@ -22,8 +22,9 @@ class Recorder(InlineDrafter):
 
 
 def running(row: int, tokens: list[int]) -> Sequence:
-    seq = Sequence(make_request(tokens), NORMAL, 0.0, 0)
+    seq = Sequence(make_request(tokens), NORMAL, 0.0, 0, max_model_len=64)
     seq.row, seq.num_computed = row, len(tokens) - 1
+    seq.num_scheduled = seq.num_computed
     return seq
 
 
@@ -39,6 +40,7 @@ def test_only_new_tokens_are_sent() -> None:
     coordinator.collect()
     seq.token_ids.append(4)
     seq.num_computed += 1
+    seq.num_scheduled += 1
     coordinator.start(1, [seq])
     coordinator.collect()
     coordinator.start(2, [])
@@ -50,7 +52,7 @@ def test_only_new_tokens_are_sent() -> None:
 def test_prompts_being_read_get_no_drafts() -> None:
     coordinator, drafter, _ = make()
     seq = running(1, [1, 2, 3])
-    seq.num_computed = 0
+    seq.num_computed = seq.num_scheduled = 0
     coordinator.start(0, [seq])
     assert drafter.sent == []
 

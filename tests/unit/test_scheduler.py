@@ -281,3 +281,57 @@ def test_drafts_behind_a_stop_token_do_not_count_as_accepted() -> None:
     answers = run_to_end(engine)
     assert answers.tokens[request.id] == answer[:3]
     assert answers.ends[request.id].usage.accepted_draft_tokens == 2
+
+
+def test_the_next_step_is_there_before_the_one_that_runs_has_ended() -> None:
+    engine, executor, clock = make_engine()
+    executor.seconds = 1.0
+    request = make_request([1, 2, 3], max_tokens=6)
+    engine.add(request)
+    answers = Answers()
+    answers.take(engine.step() + engine.step())
+    # How long a step takes is known now: the next is not scheduled until that is nearly over.
+    late = make_request([4, 5], max_tokens=3)
+    for _ in range(2):
+        assert engine.step() == []
+        assert len(executor.waiting) == 1
+        clock.now += 0.4
+    engine.add(late)
+    clock.now += 0.199
+    answers.take(engine.step())
+    assert [len(batch.rows) for batch in executor.batches[2:]] == [1, 2]
+    while engine.has_work:
+        clock.now += 1.0
+        answers.take(engine.step())
+    assert answers.tokens == {r.id: expected_answer(r.prompt_token_ids, r.sampling.max_tokens) for r in (request, late)}
+    assert sum(bool(batch.rows) for batch in executor.batches) == 6, (
+        "a step was scheduled for a sequence that was sure to have ended"
+    )
+
+
+def test_what_runs_behind_the_end_of_a_sequence_is_dropped() -> None:
+    engine, executor, _ = make_engine(enable_prefix_caching=True)
+    prompt = [1, 2, 3]
+    end = expected_answer(prompt, 5)[-1]
+    request = make_request(prompt, max_tokens=20, eos_token_ids=(end,), scope="s")
+    engine.add(request)
+    answers = run_to_end(engine)
+    assert answers.tokens[request.id] == expected_answer(prompt, 20)[: expected_answer(prompt, 20).index(end) + 1]
+    engine.check_integrity()
+    assert executor.num_rows == 0
+
+
+def test_prompt_chunks_are_short_while_others_generate() -> None:
+    engine, executor, _ = make_engine(max_prompt_chunk=6)
+    engine.add(make_request([1, 2, 3], max_tokens=12))
+    engine.step()
+    long = make_request(list(range(40)), max_tokens=1)
+    engine.add(long)
+    answers = run_to_end(engine)
+    chunks = [batch.lengths[1] for batch in executor.batches if len(batch.lengths) > 1]
+    assert max(chunks) == 6
+    assert sum(chunks) == 40
+    assert answers.tokens[long.id] == expected_answer(list(range(40)), 1)
+    engine.add(make_request(list(range(40)), max_tokens=1))
+    run_to_end(engine)
+    assert executor.batches[-2].lengths == [32]
