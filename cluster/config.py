@@ -63,10 +63,8 @@ class TailserveConfig(_Strict):
     max_model_len: int | None = Field(default=None, ge=2, description="tokens of prompt and answer; default: the model's")
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="sequences that run at once")
     max_num_batched_tokens: int = Field(default=512, ge=1, description="tokens of one step")
-    max_prompt_chunk: int | None = Field(
-        default=None,
-        ge=1,
-        description="prompt tokens of a step in which others generate; default: 32 on CPUs, else no limit",
+    max_mixed_tokens: int | None = Field(
+        default=None, ge=2, description="of a step that reads prompts while others generate; default: 64 on CPUs, else all"
     )
     block_size: int = Field(default=16, ge=1, le=256, description="tokens of one KV block")
     num_kv_blocks: int | None = Field(default=None, ge=1, description="default: from the memory that is free")

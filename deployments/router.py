@@ -31,9 +31,9 @@ from tailserve.engine.types import ModelInfo, Request
 logger = logging.getLogger(__name__)
 
 
-_CPU_PROMPT_CHUNK = 32
-"""Prompt tokens beside generating sequences where every token costs time. Beside many, prompts are read as fast in small
-chunks as in large ones, since the weights are read for the others anyway."""
+_CPU_MIXED_TOKENS = 64
+"""Where every token costs time. Beside generating sequences prompts are read as fast in small chunks as in large ones, since
+the weights are read for the others anyway."""
 
 
 class Router:
@@ -197,10 +197,10 @@ def load_options(config: TailserveConfig) -> LoadOptions:
 
 def engine_settings(config: TailserveConfig, info: ModelInfo) -> EngineConfig:
     """The engine's configuration, once the model is known. ConfigError for sizes that cannot work together."""
-    chunk = config.max_prompt_chunk or (_CPU_PROMPT_CHUNK if info.device == "cpu" else config.max_num_batched_tokens)
+    mixed = config.max_mixed_tokens or (_CPU_MIXED_TOKENS if info.device == "cpu" else config.max_num_batched_tokens)
     return EngineConfig(
         classes=config.classes(),
-        max_prompt_chunk=chunk,
+        max_mixed_tokens=mixed,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=info.max_model_len,

@@ -16,8 +16,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences that may run at once."""
     max_num_batched_tokens: int = 512
     """Tokens of one step: prompt chunks, single tokens and draft tokens together."""
-    max_prompt_chunk: int = 512
-    """Prompt tokens of a step in which others generate, so that a long prompt does not hold them up."""
+    max_mixed_tokens: int = 512
+    """Tokens of a step in which some generate and prompts are read, so that a long prompt does not hold them up. Prompts get
+    half of them at least."""
     max_model_len: int
     """Prompt and answer together."""
     num_blocks: int

@@ -104,7 +104,8 @@ class Scheduler:
         generating = sum(seq.num_pending == 1 for seq in running)
         spare = total = self.config.max_num_batched_tokens - generating
         if generating:
-            spare = min(spare, self.config.max_prompt_chunk)
+            mixed = self.config.max_mixed_tokens
+            spare = min(spare, max(mixed - generating, mixed // 2))
         prompts = spare
         admitting, index = True, 0
         while True:

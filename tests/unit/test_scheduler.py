@@ -304,9 +304,7 @@ def test_the_next_step_is_there_before_the_one_that_runs_has_ended() -> None:
         clock.now += 1.0
         answers.take(engine.step())
     assert answers.tokens == {r.id: expected_answer(r.prompt_token_ids, r.sampling.max_tokens) for r in (request, late)}
-    assert sum(bool(batch.rows) for batch in executor.batches) == 6, (
-        "a step was scheduled for a sequence that was sure to have ended"
-    )
+    assert sum(bool(batch.rows) for batch in executor.batches) == 6, "a step for a sequence that was sure to end"
 
 
 def test_what_runs_behind_the_end_of_a_sequence_is_dropped() -> None:
@@ -322,16 +320,17 @@ def test_what_runs_behind_the_end_of_a_sequence_is_dropped() -> None:
 
 
 def test_prompt_chunks_are_short_while_others_generate() -> None:
-    engine, executor, _ = make_engine(max_prompt_chunk=6)
+    engine, executor, _ = make_engine(max_mixed_tokens=7)
     engine.add(make_request([1, 2, 3], max_tokens=12))
     engine.step()
     long = make_request(list(range(40)), max_tokens=1)
     engine.add(long)
     answers = run_to_end(engine)
     chunks = [batch.lengths[1] for batch in executor.batches if len(batch.lengths) > 1]
-    assert max(chunks) == 6
+    assert chunks[:2] == [6, 6]
     assert sum(chunks) == 40
     assert answers.tokens[long.id] == expected_answer(list(range(40)), 1)
-    engine.add(make_request(list(range(40)), max_tokens=1))
+    count = len(executor.batches)
+    engine.add(make_request(list(range(1, 40)), max_tokens=1))
     run_to_end(engine)
-    assert executor.batches[-2].lengths == [32]
+    assert executor.batches[count].lengths == [32]
