@@ -12,7 +12,7 @@ from numba import njit
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
-from tailserve.engine.model.kernels import argmax_all, embed, gated, linear, norm_all
+from tailserve.engine.model.kernels import embed, gated, linear, norm_all, pick_all
 from tailserve.engine.model.paged_kernels import attend, split_heads
 from tailserve.engine.model.spans import Span, pack
 from tailserve.engine.model.team import cycles
@@ -115,12 +115,13 @@ class CompiledDecoder:
         )
         return torch.from_numpy(logits)[:, : self._vocab]
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """See `PagedModel.argmax`."""
+    def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: Array) -> torch.Tensor:
+        """See `PagedModel.pick`."""
         tokens = np.empty(len(logits), np.int64)
+        inverse = np.array([1 / t if t > 0 else 0.0 for t in temperatures], np.float32)
         self._counters[0] = 0
         team = (self._num_threads, self._counters.ctypes.data)
-        argmax_all(logits.data_ptr(), logits.stride(0) * 4, logits.shape[1], tokens, team)
+        pick_all(logits.data_ptr(), logits.stride(0) * 4, logits.shape[1], inverse, keys, tokens, team)
         return torch.from_numpy(tokens)
 
     def _allocate(self, tokens: int) -> Scratch:

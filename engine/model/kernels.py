@@ -19,6 +19,7 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from tailserve.engine.model.microkernel import LANES
+from tailserve.engine.model.noise import log_exponential
 from tailserve.engine.model.team import take
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, multiply
 from tailserve.engine.model.vectors import exp, fma, get, larger, peak, read, spread, total, write, write_narrow
@@ -147,23 +148,37 @@ def norm_all(hidden, weight, epsilon, out, team):  # pragma: no cover
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def argmax_all(logits, stride, columns, out, team):  # pragma: no cover
-    """out [N] = index of the largest of each row of float32 at the address `logits`; the first of equals."""
+def pick_all(logits, stride, columns, inverse_temperatures, keys, out, team):  # pragma: no cover
+    """out [N] = index of the largest of logits / temperature - log of noise, of each row of float32 at the address `logits`.
+
+    A row whose inverse temperature is 0 goes by its logits alone. keys [N, 2]. The first of equals. Memory behind a row's
+    last column is read up to a whole vector.
+    """
     threads, counter = team
     for _ in prange(threads):
+        scores = np.empty(SEARCH, np.float32)
         n = take(counter)
         while n < len(out):
             row = logits + n * stride
+            scale, low, high = inverse_temperatures[n], keys[n, 0], keys[n, 1]
+            factor = spread(scale)
             best, place = np.float32(-np.inf), 0
             for begin in range(0, columns, SEARCH):
                 end = min(begin + SEARCH, columns)
-                lead = spread(best)
-                for i in range(begin, end // LANES * LANES, LANES):
-                    lead = larger(lead, read(row + i * 4))
-                if peak(lead) > best or end % LANES:
-                    for i in range(begin, end):
-                        value = get(row + i * 4)
+                source, lead = row + begin * 4, spread(best)
+                if scale > 0:
+                    source = scores.ctypes.data
+                    for i in range(begin, end, LANES):
+                        score = read(row + i * 4) * factor - log_exponential(i, low, high)
+                        write(source + (i - begin) * 4, score)
+                        lead = larger(lead, score)
+                else:
+                    for i in range(begin, end, LANES):
+                        lead = larger(lead, read(row + i * 4))
+                if peak(lead) > best:
+                    for i in range(end - begin):
+                        value = get(source + i * 4)
                         if value > best:
-                            best, place = value, i
+                            best, place = value, begin + i
             out[n] = place
             n = take(counter)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tailserve.engine.model.attention import AttentionBackend, KVCache, PackedSequences, PagedContext
 from tailserve.engine.model.spans import Span, pack
+from tailserve.engine.speculation.sampling import pick
 
 
 class PagedModel(Protocol):
@@ -27,8 +28,8 @@ class PagedModel(Protocol):
         Returns float32 logits [sum of num_logits, vocab], span after span.
         """
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """Index of the largest of each row of logits [rows, vocab]; the first of equals."""
+    def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: np.ndarray) -> torch.Tensor:
+        """See `tailserve.engine.speculation.sampling.pick`. `logits` are what `forward` returned, or changed in place."""
 
 
 class TransformersModel:
@@ -57,9 +58,9 @@ class TransformersModel:
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
-    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
-        """See `PagedModel.argmax`."""
-        return logits.argmax(-1)
+    def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: np.ndarray) -> torch.Tensor:
+        """See `PagedModel.pick`."""
+        return pick(logits, temperatures, keys)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

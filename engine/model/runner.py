@@ -61,7 +61,7 @@ class ModelRunner:
                 for offset in range(len(entry.draft) + 1):
                     output = known[row.prompt_len :] + list(entry.draft[:offset])
                     apply_penalties(logits[first + offset], row.sampling, known[: row.prompt_len], output)
-        drawn = sample(logits, points, self._model.argmax) if points else []
+        drawn = sample(logits, points, self._model.pick) if points else []
         results: list[list[int]] = []
         first = 0
         for entry in work:

@@ -25,16 +25,21 @@ class SamplingPoint:
     """Output tokens before it."""
 
 
-def exponentials(seeds: Sequence[int], positions: Sequence[int], vocab: int, device: torch.device) -> torch.Tensor:
-    """Standard exponential noise [rows, vocab], float32: a function of (seed, position, token) and nothing else.
-
-    SplitMix64 (Steele et al. 2014) turns seed and position into two keys of 32 bits, and two rounds of the lowbias32 hash
-    (Wellons 2018) mix each token with them. 23 bits make a uniform number whose half step keeps 0 and 1 out.
-    """
+def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int32]:
+    """Two keys of 32 bits [rows, 2] for each seed and position, by SplitMix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         mixed = _splitmix64(np.asarray(seeds, np.uint64))
         keys = _splitmix64(mixed ^ (np.asarray(positions, np.uint64) * _GOLDEN))
-    halves = torch.from_numpy(keys.view(np.int32).reshape(-1, 2).copy()).to(device)
+    return keys.view(np.int32).reshape(-1, 2)
+
+
+def exponentials(keys: npt.NDArray[np.int32], vocab: int, device: torch.device) -> torch.Tensor:
+    """Standard exponential noise [rows, vocab], float32: a function of (seed, position, token) and nothing else.
+
+    Two rounds of the lowbias32 hash (Wellons 2018) mix the keys of seed and position with each token. 23 bits make a uniform
+    number whose half step keeps 0 and 1 out.
+    """
+    halves = torch.from_numpy(keys).to(device)
     bits = torch.arange(vocab, dtype=torch.int32, device=device) ^ halves[:, :1]
     _mix32(bits)
     bits ^= halves[:, 1:]
@@ -119,31 +124,42 @@ def distribution(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torc
     return probs / probs.sum(-1, keepdim=True)
 
 
-def draw(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Token ids [rows]: each token's exponential clock runs at the rate of its probability, and the first to ring wins.
+def pick(logits: torch.Tensor, temperatures: Sequence[float], keys: npt.NDArray[np.int32]) -> torch.Tensor:
+    """Token ids [rows] drawn from float32 logits [rows, vocab]; temperature 0 takes the most likely, the first of equals.
 
-    Equivalent to the Gumbel-max trick. Rounding in another batch shape changes the winner only where two clocks ring within
-    that rounding of each other; with inverse transform sampling it would move every boundary of a cumulative sum over the
-    vocabulary, and answers would depend on the batch every few hundred tokens.
+    Each token's exponential clock runs at the rate of its probability, and the first to ring wins (the Gumbel-max trick).
+    Rounding in another batch shape changes the winner only where two clocks ring within that rounding of each other; with
+    inverse transform sampling it would move every boundary of a cumulative sum over the vocabulary, and answers would depend
+    on the batch every few hundred tokens.
     """
-    return (probs / noise).argmax(-1)
+    random = [row for row, temperature in enumerate(temperatures) if temperature > 0]
+    tokens = logits.argmax(-1)
+    if random:
+        scale = torch.tensor([temperatures[row] for row in random], device=logits.device).unsqueeze(-1)
+        noise = exponentials(keys[random], logits.shape[-1], logits.device)
+        tokens[random] = (logits[random] / scale - noise.log_()).argmax(-1)
+    return tokens
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.temperature > 0 and bool(params.top_k or params.top_p < 1.0 or params.min_p > 0.0)
 
 
 def sample(
     logits: torch.Tensor,
     points: Sequence[SamplingPoint],
-    argmax: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits.argmax(-1),
+    pick: Callable[[torch.Tensor, Sequence[float], npt.NDArray[np.int32]], torch.Tensor] = pick,
 ) -> list[int]:
     """One token for each row of float32 logits [points, vocab]; penalties have been applied. Changes `logits`."""
     mask_early_stops(logits, points)
-    tokens = argmax(logits)
-    random = [i for i, point in enumerate(points) if point.params.temperature > 0]
-    if random:
-        chosen = [points[i] for i in random]
-        probs = distribution(logits[random], [point.params for point in chosen])
-        seeds, positions = [point.params.seed for point in chosen], [point.position for point in chosen]
-        tokens[random] = draw(probs, exponentials(seeds, positions, probs.shape[-1], probs.device))
-    result: list[int] = tokens.tolist()
+    temperatures = [point.params.temperature for point in points]
+    truncated = [row for row, point in enumerate(points) if _truncates(point.params)]
+    if truncated:
+        logits[truncated] = distribution(logits[truncated], [points[row].params for row in truncated]).log_()
+        for row in truncated:
+            temperatures[row] = 1.0
+    keys = noise_keys([point.params.seed for point in points], [point.position for point in points])
+    result: list[int] = pick(logits, temperatures, keys).tolist()
     return result
 
 

@@ -13,13 +13,14 @@ from tiny import TINY, save_model
 
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.model.decoder_weights import aligned
-from tailserve.engine.model.kernels import argmax_all
+from tailserve.engine.model.kernels import pick_all
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.microkernel import LANES, PORTABLE_HEIGHTS, heights, portable_product, product
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.spans import Span
 from tailserve.engine.model.vectors import exp, read, write
 from tailserve.engine.options import LoadOptions
+from tailserve.engine.speculation.sampling import noise_keys, pick
 
 WIDE: dict[str, Any] = TINY | {"hidden_size": 128, "vocab_size": 100}
 """Heads of 32 dimensions, and a vocabulary that does not fill its last panel."""
@@ -150,10 +151,28 @@ def test_exp_is_exact_to_float32() -> None:
     assert not out[:16].any()
 
 
-def test_argmax_takes_the_first_of_equals() -> None:
+def _pick(logits: np.ndarray, temperatures: list[float], keys: np.ndarray) -> np.ndarray:
+    padded = np.zeros((len(logits), logits.shape[1] // 32 * 32 + 32), np.float32)
+    padded[:, : logits.shape[1]] = logits
+    out, counter = np.empty(len(logits), np.int64), np.zeros(1, np.int64)
+    inverse = np.array([1 / t if t else 0.0 for t in temperatures], np.float32)
+    team = (2, counter.ctypes.data)
+    pick_all(padded.ctypes.data, padded.strides[0], logits.shape[1], inverse, keys, out, team)
+    return out
+
+
+def test_greedy_choice_takes_the_first_of_equals() -> None:
     chance = np.random.default_rng(1)
     for columns in (5, 100, 5000):
-        logits = chance.integers(0, 9, (7, columns)).astype(np.float32)
-        out, counter = np.empty(7, np.int64), np.zeros(1, np.int64)
-        argmax_all(logits.ctypes.data, logits.strides[0], columns, out, (2, counter.ctypes.data))
-        assert (out == logits.argmax(1)).all()
+        logits = chance.integers(-9, 0, (7, columns)).astype(np.float32)
+        assert (_pick(logits, [0.0] * 7, np.zeros((7, 2), np.int32)) == logits.argmax(1)).all()
+
+
+@pytest.mark.parametrize("columns", [5, 1000, 49152])
+def test_compiled_draws_are_those_of_torch(columns: int) -> None:
+    logits = np.random.default_rng(2).normal(0, 3, (200, columns)).astype(np.float32)
+    temperatures = [0.0, 0.3, 1.0, 2.0] * 50
+    keys = noise_keys(list(range(200)), list(range(1000, 1200)))
+    drawn = _pick(logits, temperatures, keys)
+    assert (drawn == pick(torch.from_numpy(logits), temperatures, keys).numpy()).all()
+    assert len(set(drawn[2::4].tolist())) > 3
