@@ -58,6 +58,9 @@ class TailserveConfig(_Strict):
     model: str | None = Field(default=None, description="directory or hub name; none serves the demo model")
     served_model_name: str | None = Field(default=None, description="the name clients use; default: the model's")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: Literal["none", "int8"] = Field(
+        default="none", description="int8: weights and activations of the verifier's products, on CPUs"
+    )
     device: str = "auto"
     attention_backend: Literal["auto", "compiled", "cpu", "reference"] = "auto"
     max_model_len: int | None = Field(default=None, ge=2, description="tokens of prompt and answer; default: the model's")

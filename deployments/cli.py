@@ -26,6 +26,7 @@ READY_TIMEOUT_S = 1800.0
 _APP = "tailserve"
 _FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--dtype", {"help": "auto, bfloat16, float16 or float32 (default: the checkpoint's own)"}),
+    ("--quantization", {"help": "none, or int8: faster on CPUs, and not quite the same answers"}),
     ("--device", {"help": "auto, cpu or cuda"}),
     ("--draft-model", {"help": "ngram, none, or a directory or hub name of a model of the same vocabulary"}),
     (

@@ -184,6 +184,7 @@ def load_options(config: TailserveConfig) -> LoadOptions:
     return LoadOptions(
         path=str(resolve_model(config.model)),
         dtype=config.dtype,
+        quantization=config.quantization,
         device=config.device,
         attention_backend=config.attention_backend,
         max_model_len=config.max_model_len,

@@ -16,6 +16,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """auto (CUDA if there is one), cpu, cuda."""
     attention_backend: str = "auto"
     """auto, compiled, cpu or reference; see `tailserve.engine.model.loading`."""
+    quantization: str = "none"
+    """none, or int8: see `tailserve.engine.model.int8`."""
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None

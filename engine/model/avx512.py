@@ -21,13 +21,17 @@ llvmlite.binding.initialize_native_asmparser()
 
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 HAS_AVX512 = bool(_FEATURES.get("avx512f"))
+HAS_INT8_DOT = HAS_AVX512 and bool(_FEATURES.get("avx512vnni"))
 HAS_BF16_DOT = HAS_AVX512 and bool(_FEATURES.get("avx512bf16"))
 
 TALLEST = 12
 """Rows of a tile: with two vectors of columns, 24 sums and two of the panel leave registers to spare."""
 
 MULTIPLY = {"float32": "vfmadd231ps", "bfloat16": "vdpbf16ps"}
-"""sums += two vectors, the first a broadcast of 4 bytes: one float32, or two bfloat16 each with its own partner."""
+"""sums += two vectors, the first a broadcast of 4 bytes: one float32, or two bfloat16 each with its own partner.
+
+vpdpbusd is of the same form: four signed bytes, broadcast, with four unsigned ones; the sums are integers of 32 bits.
+"""
 
 _I64 = ir.IntType(64)
 _OPERANDS = 10

@@ -12,7 +12,8 @@ from numba import njit
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
-from tailserve.engine.model.kernels import embed, gated, linear, norm_all, pick_all
+from tailserve.engine.model.int8 import Quantized, project, project_gated
+from tailserve.engine.model.kernels import embed, norm_all, pick_all
 from tailserve.engine.model.paged_kernels import attend, split_heads
 from tailserve.engine.model.spans import Span, pack
 from tailserve.engine.model.team import cycles
@@ -24,6 +25,10 @@ DTYPES = (torch.bfloat16, torch.float32)
 PARTS = ("embedding", "norms", "qkv", "split heads", "attention", "output", "gate and up", "down", "head")
 """What `CompiledDecoder.ticks` tells apart."""
 _EMBED, _NORM, _QKV, _SPLIT, _ATTEND, _OUTPUT, _GATE, _DOWN, _HEAD = range(len(PARTS))
+
+
+_KERNELS = 12
+"""A layer's kernels, at most."""
 
 
 class Shape(NamedTuple):
@@ -45,6 +50,7 @@ class Scratch(NamedTuple):
     query: Array
     attended: Array
     inner: Array
+    narrow: Quantized
 
 
 def can_compile(model: PreTrainedModel, block_size: int) -> bool:
@@ -62,13 +68,20 @@ class CompiledDecoder:
     backend = "compiled"
 
     def __init__(
-        self, model: PreTrainedModel, *, num_blocks: int, block_size: int, max_model_len: int, num_threads: int
+        self,
+        model: PreTrainedModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        num_threads: int,
+        int8: bool = False,
     ) -> None:
         attention: Any = model.model.layers[0].self_attn
         self.num_blocks, self.block_size = num_blocks, block_size
         self._num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
         self._vocab = model.lm_head.out_features
-        self._weights = read_weights(model, max_model_len)
+        self._weights = read_weights(model, max_model_len, int8=int8)
         self._shape = Shape(
             heads=attention.q_proj.out_features // attention.head_dim,
             kv_heads=attention.k_proj.out_features // attention.head_dim,
@@ -77,11 +90,11 @@ class CompiledDecoder:
             epsilon=model.model.norm.variance_epsilon,
         )
         self.sliding_window = sliding_window(attention)
-        layers, kv_heads, head_dim = len(self._weights.qkv), self._shape.kv_heads, self._shape.head_dim
-        kind = self._weights.qkv.dtype
+        layers, kv_heads, head_dim = len(self._weights.qkv.data), self._shape.kv_heads, self._shape.head_dim
+        kind = self._weights.embedding.dtype
         self._scratch = self._allocate(MAX_ROWS)
-        # Eight kernels a layer, one for each to share its work by, and those behind the last layer.
-        self._counters = np.zeros(8 * layers + 8, np.int64)
+        # One for each kernel of a step to share its work by.
+        self._counters = np.zeros(_KERNELS * layers + _KERNELS, np.int64)
         self.ticks = np.zeros(len(PARTS), np.int64)
         """The CPU's ticks that each of PARTS has taken since the start."""
         pair = 4 // kind.itemsize
@@ -127,17 +140,23 @@ class CompiledDecoder:
     def _allocate(self, tokens: int) -> Scratch:
         tokens |= 1
         weights, shape = self._weights, self._shape
-        kind, size = weights.qkv.dtype, weights.input_norm.shape[1]
+        kind, size = weights.embedding.dtype, weights.input_norm.shape[1]
+        inner = weights.gate_up.data.shape[1] // 2 * COLUMNS
         attended = shape.heads * shape.head_dim
         # Behind the last layer it holds hidden states.
-        columns = max(weights.qkv.shape[1] * COLUMNS, size)
+        columns = max(weights.qkv.data.shape[1] * COLUMNS, size)
         return Scratch(
             hidden=aligned((tokens * size,), np.float32),
             normed=aligned((tokens * size,), kind),
             qkv=aligned((tokens * columns,), np.float32),
             query=aligned((tokens * attended,), kind),
             attended=aligned((tokens * attended,), kind),
-            inner=aligned((tokens * weights.gate_up.shape[1] // 2 * COLUMNS,), kind),
+            inner=aligned((tokens * inner,), kind),
+            narrow=Quantized(
+                aligned((tokens * max(inner, attended, size) if weights.qkv.scales.size else 1,), np.int8),
+                np.empty(tokens, np.float32),
+                np.empty(tokens, np.int64),
+            ),
         )
 
     def _tiles(self, query_starts: Array, starts: Array) -> Array:
@@ -174,9 +193,9 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     epsilon, scaling = np.float32(shape.epsilon), np.float32(shape.scaling)
     hidden = strips_of(scratch.hidden, weights.input_norm.shape[1], tokens)
     normed = strips_of(scratch.normed, weights.input_norm.shape[1], tokens)
-    qkv = strips_of(scratch.qkv, weights.qkv.shape[1] * COLUMNS, tokens)
+    qkv = strips_of(scratch.qkv, weights.qkv.data.shape[1] * COLUMNS, tokens)
     attended = strips_of(scratch.attended, shape.heads * shape.head_dim, tokens)
-    inner = strips_of(scratch.inner, weights.gate_up.shape[1] // 2 * COLUMNS, tokens)
+    inner = strips_of(scratch.inner, weights.gate_up.data.shape[1] // 2 * COLUMNS, tokens)
     query = scratch.query[: tokens * shape.heads * shape.head_dim]
     query = query.reshape((shape.kv_heads, tokens, groups, shape.head_dim))
     strip, row = hidden.strides[0], hidden.strides[1]
@@ -185,10 +204,11 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     now = cycles()
     embed(token_ids, weights.embedding, hidden)
     now = lap(ticks, _EMBED, now)
-    for layer in range(len(weights.qkv)):
+    narrow = scratch.narrow
+    for layer in range(len(weights.qkv.data)):
         norm_all(hidden, weights.input_norm[layer], epsilon, normed, (threads, turn))
         now = lap(ticks, _NORM, now)
-        linear(normed, weights.qkv, layer, qkv.ctypes.data, strip, row, 0, (threads, turn + 8))
+        project(normed, narrow, weights.qkv, layer, qkv.ctypes.data, strip, row, 0, threads, turn + 8)
         now = lap(ticks, _QKV, now)
         split_heads(
             layer,
@@ -204,21 +224,21 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
             query,
             keys,
             values,
-            (threads, turn + 16),
+            (threads, turn + 24),
         )
         now = lap(ticks, _SPLIT, now)
-        attend(layer, query, keys, values, tiles, tables, scaling, window, attended, (threads, turn + 24))
+        attend(layer, query, keys, values, tiles, tables, scaling, window, attended, (threads, turn + 32))
         now = lap(ticks, _ATTEND, now)
-        linear(attended, weights.output, layer, hidden.ctypes.data, strip, row, 1, (threads, turn + 32))
+        project(attended, narrow, weights.output, layer, hidden.ctypes.data, strip, row, 1, threads, turn + 40)
         now = lap(ticks, _OUTPUT, now)
-        norm_all(hidden, weights.post_norm[layer], epsilon, normed, (threads, turn + 40))
+        norm_all(hidden, weights.post_norm[layer], epsilon, normed, (threads, turn + 56))
         now = lap(ticks, _NORM, now)
-        gated(normed, weights.gate_up, layer, inner, (threads, turn + 48))
+        project_gated(normed, narrow, weights.gate_up, layer, inner, threads, turn + 64)
         now = lap(ticks, _GATE, now)
-        linear(inner, weights.down, layer, hidden.ctypes.data, strip, row, 1, (threads, turn + 56))
+        project(inner, narrow, weights.down, layer, hidden.ctypes.data, strip, row, 1, threads, turn + 80)
         now = lap(ticks, _DOWN, now)
-        turn += 64
-    logits = np.empty((len(wanted), weights.head.shape[1] * COLUMNS), np.float32)
+        turn += 8 * _KERNELS
+    logits = np.empty((len(wanted), weights.head.data.shape[1] * COLUMNS), np.float32)
     if len(wanted) == 0:
         return logits
     last = strips_of(scratch.qkv, weights.input_norm.shape[1], len(wanted))
@@ -226,7 +246,7 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
         last[:, n] = hidden[:, wanted[n]]
     normed = strips_of(scratch.normed, weights.input_norm.shape[1], len(wanted))
     norm_all(last, weights.final_norm, epsilon, normed, (threads, turn))
-    linear(normed, weights.head, 0, logits.ctypes.data, row, logits.strides[0], 0, (threads, turn + 8))
+    project(normed, narrow, weights.head, 0, logits.ctypes.data, row, logits.strides[0], 0, threads, turn + 8)
     lap(ticks, _HEAD, now)
     return logits
 

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tailserve.engine.model.int8 import PAIR, ZERO, Panels
 from tailserve.engine.model.microkernel import LANES
 from tailserve.engine.model.tiles import COLUMNS
 
 Array = npt.NDArray[Any]
+
+_KINDS: dict[int, npt.DTypeLike] = {1: np.float32, 2: np.uint16, PAIR: np.uint8}
+"""How many numbers are 4 bytes, to what they are in."""
 
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
@@ -24,26 +28,26 @@ _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 
 class DecoderWeights(NamedTuple):
-    """Panels [layers, P, steps, 32 * pair] and float32 vectors. `pair` is 2 for bfloat16 (its bits), 1 for float32."""
+    """Panels, and float32 vectors."""
 
     embedding: Array
-    """The head's panels themselves where the two are tied."""
+    """The head's panels themselves where the two are tied, and not quantized."""
     input_norm: Array
     """[layers, H]"""
-    qkv: Array
+    qkv: Panels
     qkv_bias: Array
     """[layers, N], or [layers, 0] without."""
     query_norm: Array
     """[layers, head_dim], or [layers, 0] without."""
     key_norm: Array
-    output: Array
+    output: Panels
     post_norm: Array
-    gate_up: Array
+    gate_up: Panels
     """A panel of gate, then the same columns of up, and so on."""
-    down: Array
+    down: Panels
     final_norm: Array
     """[H]"""
-    head: Array
+    head: Panels
     cosines: Array
     """[positions, rotary dimensions]"""
     sines: Array
@@ -94,14 +98,18 @@ def _layer_fits(layer: Any) -> bool:
     )
 
 
-def read_weights(model: PreTrainedModel, positions: int) -> DecoderWeights:
-    """Packs the weights of a model that `fits`; rotary angles are for so many positions."""
+def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> DecoderWeights:
+    """Packs the weights of a model that `fits`; rotary angles are for so many positions. `int8` quantizes all products."""
     body: Any = model.model
     layers, attentions, mlps = body.layers, [y.self_attn for y in body.layers], [y.mlp for y in body.layers]
     pair = 2 if model.dtype == torch.bfloat16 else 1
     probe = torch.zeros(1, dtype=torch.float32, device=model.device)
     cosines, sines = body.rotary_emb(probe, torch.arange(positions, device=model.device).unsqueeze(0))
-    head = _panels([model.lm_head.weight], pair)
+
+    def panels(weights: list[torch.Tensor]) -> Panels:
+        return _integer_panels(weights) if int8 else Panels(_panels(weights, pair), np.empty((len(weights), 0), np.float32))
+
+    head = panels([model.lm_head.weight])
     tied = body.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
 
     def vectors(read: Callable[[Any], list[torch.Tensor | None]], owners: list[Any]) -> Array:
@@ -109,16 +117,16 @@ def read_weights(model: PreTrainedModel, positions: int) -> DecoderWeights:
         return np.stack([torch.cat(row).float().numpy() if row else np.empty(0, np.float32) for row in rows])
 
     return DecoderWeights(
-        embedding=head if tied else _panels([body.embed_tokens.weight], pair),
+        embedding=head.data if tied and not int8 else _panels([body.embed_tokens.weight], pair),
         input_norm=vectors(lambda y: [y.input_layernorm.weight], layers),
-        qkv=_panels([torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attentions], pair),
+        qkv=panels([torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attentions]),
         qkv_bias=vectors(lambda a: [a.q_proj.bias, a.k_proj.bias, a.v_proj.bias], attentions),
         query_norm=vectors(lambda a: [a.q_norm.weight] if hasattr(a, "q_norm") else [], attentions),
         key_norm=vectors(lambda a: [a.k_norm.weight] if hasattr(a, "k_norm") else [], attentions),
-        output=_panels([a.o_proj.weight for a in attentions], pair),
+        output=panels([a.o_proj.weight for a in attentions]),
         post_norm=vectors(lambda y: [y.post_attention_layernorm.weight], layers),
-        gate_up=_panels([_interleave(m.gate_proj.weight, m.up_proj.weight) for m in mlps], pair),
-        down=_panels([m.down_proj.weight for m in mlps], pair),
+        gate_up=panels([_interleave(m.gate_proj.weight, m.up_proj.weight) for m in mlps]),
+        down=panels([m.down_proj.weight for m in mlps]),
         final_norm=body.norm.weight.float().numpy(),
         head=head,
         cosines=cosines[0].numpy(),
@@ -130,12 +138,23 @@ def _panels(weights: list[torch.Tensor], pair: int) -> Array:
     """Weights [N, K] of each layer as panels; columns that fill the last panel up are 0."""
     columns, depth = weights[0].shape
     count = -(-columns // COLUMNS)
-    out = aligned((len(weights), count, depth // pair, COLUMNS * pair), np.uint16 if pair == 2 else np.float32)
+    out = aligned((len(weights), count, depth // pair, COLUMNS * pair), _KINDS[pair])
     for layer, weight in enumerate(weights):
         padded = nn.functional.pad(weight, (0, 0, 0, count * COLUMNS - columns))
         packed = padded.view(count, COLUMNS, depth // pair, pair).transpose(1, 2).reshape(out.shape[1:])
         out[layer] = packed.view(torch.uint16).numpy() if pair == 2 else packed.numpy()
     return out
+
+
+def _integer_panels(weights: list[torch.Tensor]) -> Panels:
+    """Weights [N, K] of each layer as panels of integers, each column by its own largest."""
+    scales = [weight.float().abs().amax(1).clamp(min=1e-12) / 127 for weight in weights]
+    integers = [
+        (weight.float() / scale.unsqueeze(1)).round().add(ZERO).to(torch.uint8)
+        for weight, scale in zip(weights, scales, strict=True)
+    ]
+    filling = -len(scales[0]) % COLUMNS
+    return Panels(_panels(integers, PAIR), torch.stack([nn.functional.pad(scale, (0, filling)) for scale in scales]).numpy())
 
 
 def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from tailserve.engine.errors import ConfigError, UnsupportedModelError
 from tailserve.engine.model import attention
 from tailserve.engine.model.attention import AttentionBackend, KVCache
+from tailserve.engine.model.avx512 import HAS_INT8_DOT
 from tailserve.engine.model.cpu import CpuBackend
 from tailserve.engine.model.decoder import CompiledDecoder, can_compile
 from tailserve.engine.model.linear import prepack
@@ -74,16 +75,18 @@ def _compiled(
     model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int, expected: list[torch.Tensor]
 ) -> PagedModel | None:
     """The model as a compiled decoder, checked; None if it is not built for one, or the options ask for something else."""
-    wanted = options.attention_backend
-    if wanted not in ("auto", "compiled"):
+    wanted, int8 = options.attention_backend, options.quantization == "int8"
+    if int8 and not HAS_INT8_DOT:
+        raise ConfigError("quantization='int8' needs a CPU with AVX512-VNNI: use none", param="quantization")
+    if wanted not in ("auto", "compiled") and not int8:
         return None
     if not can_compile(model, options.block_size):
-        if wanted == "auto":
+        if wanted == "auto" and not int8:
             return None
         raise ConfigError(
-            f"attention_backend='compiled' needs a CPU, bfloat16 or float32, a model built like Llama, and block_size in "
-            f"multiples of {PAGE}: use auto",
-            param="attention_backend",
+            f"attention_backend='compiled' and quantization='int8' need a CPU, bfloat16 or float32, a model built like "
+            f"Llama, and block_size in multiples of {PAGE}: use auto, and none",
+            param="quantization" if int8 else "attention_backend",
         )
     num_threads = options.num_threads or os.cpu_count() or 1
     paged = CompiledDecoder(
@@ -92,10 +95,13 @@ def _compiled(
         block_size=options.block_size,
         max_model_len=max_model_len,
         num_threads=num_threads,
+        int8=int8,
     )
     try:
-        check_packed(paged, model, expected)
+        check_packed(paged, model, expected, quantized=int8)
     except UnsupportedModelError as error:
+        if int8:
+            raise
         logger.info("the compiled decoder does not fit this model, so transformers' own modules run it: %s", error.message)
         return None
     # The compiled code has threads of its own, and two teams would take the cores from each other.

@@ -21,7 +21,7 @@ from tailserve.engine.model.llvm import call, pointer
 WIDTH = 16
 
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
-_VF, _VI, _VH = (ir.VectorType(kind, WIDTH) for kind in (_F32, _I32, ir.IntType(16)))
+_VF, _VI, _VH, _VB = (ir.VectorType(kind, WIDTH) for kind in (_F32, _I32, ir.IntType(16), ir.IntType(8)))
 
 
 class VectorType(types.Type):
@@ -52,6 +52,43 @@ def read(context, address):
         return builder.load(pointer(builder, args[0], _VF), align=4)
 
     return vector(types.intp), codegen
+
+
+@intrinsic
+def read_bfloat16(context, address):
+    """16 bfloat16, as float32."""
+
+    def codegen(own, builder, signature, args):
+        narrow = builder.load(pointer(builder, args[0], _VH), align=2)
+        return builder.bitcast(builder.shl(builder.zext(narrow, _VI), _all(_VI, 16)), _VF)
+
+    return vector(types.intp), codegen
+
+
+@intrinsic
+def read_integers(context, address, offset):
+    """16 signed integers of 32 bits, less `offset`, as float32."""
+
+    def codegen(own, builder, signature, args):
+        undefined = ir.Constant(_VI, ir.Undefined)
+        first = builder.insert_element(undefined, builder.trunc(args[1], _I32), ir.Constant(_I32, 0))
+        offsets = builder.shuffle_vector(first, undefined, ir.Constant(_VI, None))
+        values = builder.load(pointer(builder, args[0], _VI), align=4)
+        return builder.sitofp(builder.sub(values, offsets), _VF)
+
+    return vector(types.intp, types.int64), codegen
+
+
+@intrinsic
+def write_int8(context, address, value):
+    """16 whole numbers from -128 to 127, a byte each."""
+
+    def codegen(own, builder, signature, args):
+        narrow = builder.trunc(builder.fptosi(args[1], _VI), _VB)
+        builder.store(narrow, pointer(builder, args[0], _VB), align=1)
+        return own.get_dummy_value()
+
+    return types.void(types.intp, vector), codegen
 
 
 @intrinsic
@@ -145,6 +182,9 @@ larger = _operation(_larger, 2)
 """The larger of each pair."""
 fma = _operation(_fma, 3)
 """a * b + c, rounded once."""
+nearest = _operation(lambda builder, a: call(builder, "llvm.nearbyint.v16f32", _VF, a), 1)
+"""The nearest whole number, the even one of two."""
+magnitude = _operation(lambda builder, a: call(builder, "llvm.fabs.v16f32", _VF, a), 1)
 exp = _operation(_exp, 1)
 """e**x to 2 units in the last place (Cephes, expf); 0 below -87, e**88 above 88."""
 

@@ -1,0 +1,223 @@
+"""Products of 8-bit integers: weights with a scale for each column, activations with one for each token.
+
+Weights are quantized when they are loaded (to the nearest, symmetrically), activations on the way, from what they are there:
+no calibration. Sums are exact 32-bit integers, so results do not depend on the batch here either. The instruction
+(AVX512-VNNI) takes one side unsigned, so weights are stored 128 higher, and 128 times a token's sum is taken off again.
+
+See Dettmers et al., LLM.int8() (2022), for vector-wise quantization.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, call-arg, var-annotated"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit, prange, types
+from numba.extending import overload
+
+from tailserve.engine.model.avx512 import TALLEST, product
+from tailserve.engine.model.kernels import LINES, MANY, gated, linear, put
+from tailserve.engine.model.microkernel import LANES
+from tailserve.engine.model.team import take
+from tailserve.engine.model.tiles import COLUMNS
+from tailserve.engine.model.vectors import (
+    exp,
+    larger,
+    magnitude,
+    nearest,
+    peak,
+    read,
+    read_bfloat16,
+    read_integers,
+    spread,
+    total,
+    write,
+    write_int8,
+)
+
+PAIR = 4
+"""Consecutive numbers of a column that lie side by side in a panel."""
+ZERO = 128
+"""What a weight of 0 is stored as."""
+_HIGHEST = np.float32(127.0)
+
+_multiply = product("vpdpbusd", 2, COLUMNS // PAIR)
+
+
+class Panels(NamedTuple):
+    """Weights of one product in all layers."""
+
+    data: npt.NDArray[np.generic]
+    """[layers, P, steps, 32 * pair]: bfloat16 bits, float32, or uint8."""
+    scales: npt.NDArray[np.float32]
+    """[layers, 32 P]; [layers, 0] where weights are not quantized."""
+
+
+class Quantized(NamedTuple):
+    """Memory for the activations of a step as integers."""
+
+    values: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+    """[T]"""
+    sums: npt.NDArray[np.int64]
+    """[T]: of a token's integers."""
+
+
+def project(x, narrow, panels, layer, out, strip_stride, row_stride, add, threads, turn):
+    """`kernels.linear`, by way of integers where the weights are. `turn`: address of two counters, 8 bytes each, at 0."""
+    raise NotImplementedError
+
+
+@overload(project)
+def _project(x, narrow, panels, layer, out, strip_stride, row_stride, add, threads, turn):  # pragma: no cover
+    if panels.types[0].dtype == types.uint8:
+
+        def integers(x, narrow, panels, layer, out, strip_stride, row_stride, add, threads, turn):
+            _quantize_all(x, narrow, (threads, turn))
+            _linear(x.shape, narrow, panels, layer, out, strip_stride, row_stride, add, (threads, turn + 8))
+
+        return integers
+
+    def floats(x, narrow, panels, layer, out, strip_stride, row_stride, add, threads, turn):
+        linear(x, panels.data, layer, out, strip_stride, row_stride, add, (threads, turn))
+
+    return floats
+
+
+def project_gated(x, narrow, panels, layer, out, threads, turn):
+    """`kernels.gated`, likewise."""
+    raise NotImplementedError
+
+
+@overload(project_gated)
+def _project_gated(x, narrow, panels, layer, out, threads, turn):  # pragma: no cover
+    if panels.types[0].dtype == types.uint8:
+
+        def integers(x, narrow, panels, layer, out, threads, turn):
+            _quantize_all(x, narrow, (threads, turn))
+            _gated(x.shape, narrow, panels, layer, out, (threads, turn + 8))
+
+        return integers
+
+    return lambda x, narrow, panels, layer, out, threads, turn: gated(x, panels.data, layer, out, (threads, turn))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _strip_stride(tokens):  # pragma: no cover
+    """Bytes between strips [tokens, 32] of integers; an odd number of rows, as `decoder.strips_of` has it."""
+    return (tokens | 1) * COLUMNS
+
+
+def _read_any(like, address):
+    raise NotImplementedError
+
+
+@overload(_read_any, inline="always")
+def _read_any_overload(like, address):  # pragma: no cover
+    if like.dtype == types.uint16:
+        return lambda like, address: read_bfloat16(address)
+    return lambda like, address: read(address)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _quantize_all(x, narrow, team):  # pragma: no cover
+    """x [K / 32, T, 32] as integers in `narrow`, each token by its own largest."""
+    strips, tokens, size = x.shape[0], x.shape[1], x.itemsize
+    source, stride = x.ctypes.data, x.strides[0]
+    target, target_stride = narrow.values.ctypes.data, _strip_stride(tokens)
+    scales, sums = narrow.scales, narrow.sums
+    some = 1 + tokens // MANY
+    threads, counter = team
+    for _ in prange(threads):
+        begin = take(counter) * some
+        while begin < tokens:
+            for t in range(begin, min(begin + some, tokens)):
+                here, there = source + t * COLUMNS * size, target + t * COLUMNS
+                lead = spread(np.float32(0.0))
+                for s in range(strips):
+                    lead = larger(lead, magnitude(_read_any(x, here + s * stride)))
+                    lead = larger(lead, magnitude(_read_any(x, here + s * stride + LANES * size)))
+                largest = peak(lead)
+                factor = spread(_HIGHEST / largest if largest > 0 else np.float32(0.0))
+                sum_ = spread(np.float32(0.0))
+                for s in range(strips):
+                    for half in range(0, COLUMNS, LANES):
+                        value = nearest(_read_any(x, here + s * stride + half * size) * factor)
+                        sum_ = sum_ + value
+                        write_int8(there + s * target_stride + half, value)
+                scales[t] = largest / _HIGHEST
+                sums[t] = np.int64(total(sum_))
+            begin = take(counter) * some
+
+
+@njit(cache=True, nogil=True)
+def _product(
+    narrow, begin, rows, stride, panel, steps, sums, out, out_stride, scales, add, ahead, lines
+):  # pragma: no cover
+    """Rows begin : begin + rows of the activations times a panel, scaled, to float32 rows at `out`. `sums`: scratch."""
+    x = narrow.values.ctypes.data + begin * COLUMNS
+    strips = steps // (COLUMNS // PAIR)
+    _multiply(rows, x, COLUMNS, stride, panel, sums, 4 * COLUMNS, strips, 0, ahead, lines)
+    for r in range(rows):
+        scale, high = spread(narrow.scales[begin + r]), ZERO * narrow.sums[begin + r]
+        for half in range(0, 4 * COLUMNS, 4 * LANES):
+            value = read_integers(sums + r * 4 * COLUMNS + half, high) * scale * read(scales + half)
+            place = out + r * out_stride + half
+            write(place, read(place) + value if add else value)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _linear(shape, narrow, panels, layer, out, strip_stride, row_stride, add, team):  # pragma: no cover
+    tokens, count, steps = shape[1], panels.data.shape[1], panels.data.shape[2]
+    stride = panels.data.strides[1]
+    base, scales = panels.data.ctypes.data + layer * panels.data.strides[0], panels.scales[layer:].ctypes.data
+    x_stride = _strip_stride(tokens)
+    threads, counter = team
+    for _ in prange(threads):
+        sums = np.empty(TALLEST * COLUMNS, np.int32)
+        panel = take(counter)
+        while panel < count:
+            here, lines = base + panel * stride, LINES // 2
+            for begin in range(0, tokens, TALLEST):
+                _product(
+                    narrow, begin, min(TALLEST, tokens - begin), x_stride, here, steps, sums.ctypes.data,
+                    out + panel * strip_stride + begin * row_stride, row_stride, scales + panel * 4 * COLUMNS, add,
+                    here + threads * stride, lines,
+                )  # fmt: skip
+                lines = 0
+            panel = take(counter)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def _gated(shape, narrow, panels, layer, out, team):  # pragma: no cover
+    tokens, count, steps = shape[1], panels.data.shape[1] // 2, panels.data.shape[2]
+    stride = panels.data.strides[1]
+    base, scales = panels.data.ctypes.data + layer * panels.data.strides[0], panels.scales[layer:].ctypes.data
+    x_stride = _strip_stride(tokens)
+    target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
+    one, zeros = spread(np.float32(1.0)), spread(np.float32(0.0))
+    threads, counter = team
+    for _ in prange(threads):
+        sums = np.empty(TALLEST * COLUMNS, np.int32)
+        gate, up = np.empty(TALLEST * COLUMNS, np.float32), np.empty(TALLEST * COLUMNS, np.float32)
+        panel = take(counter)
+        while panel < count:
+            lines = LINES // 2
+            for begin in range(0, tokens, TALLEST):
+                rows = min(TALLEST, tokens - begin)
+                for which in range(2):
+                    here = base + (2 * panel + which) * stride
+                    _product(
+                        narrow, begin, rows, x_stride, here, steps, sums.ctypes.data,
+                        (up if which else gate).ctypes.data, 4 * COLUMNS, scales + (2 * panel + which) * 4 * COLUMNS, 0,
+                        here + 2 * threads * stride, lines,
+                    )  # fmt: skip
+                lines = 0
+                place = target + panel * strip + begin * COLUMNS * size
+                for i in range(0, rows * COLUMNS, LANES):
+                    g = read(gate.ctypes.data + i * 4)
+                    put(out, place + i * size, g / (one + exp(zeros - g)) * read(up.ctypes.data + i * 4))
+            panel = take(counter)
