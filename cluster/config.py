@@ -62,7 +62,7 @@ class TailserveConfig(_Strict):
         default="none", description="int8: weights and activations of the verifier's products, on CPUs"
     )
     device: str = "auto"
-    attention_backend: Literal["auto", "compiled", "cpu", "reference"] = "auto"
+    attention_backend: Literal["auto", "compiled", "cpu", "cuda", "reference"] = "auto"
     max_model_len: int | None = Field(default=None, ge=2, description="tokens of prompt and answer; default: the model's")
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="sequences that run at once")
     max_num_batched_tokens: int = Field(default=512, ge=1, description="tokens of one step")

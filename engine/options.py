@@ -15,13 +15,13 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda."""
     attention_backend: str = "auto"
-    """auto, compiled, cpu or reference; see `tailserve.engine.model.loading`."""
+    """auto, compiled, cpu, cuda or reference; see `tailserve.engine.model.loading`."""
     quantization: str = "none"
     """none, or int8: see `tailserve.engine.model.int8`."""
     max_model_len: int | None = None
     block_size: int = 16
     num_blocks: int | None = None
-    """None: from the memory that is free on a GPU, 1 GiB on a CPU."""
+    """None: from the memory that is free; see `tailserve.engine.model.memory`."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that weights and KV may take together."""
     max_num_seqs: int = 64

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AttentionInterface
+
+from tailserve.engine.model.spans import query_tiles
 
 NAME = "tailserve_paged"
 """`attn_implementation` of models that run in packed batches. It has no mask function, so transformers makes no mask."""
@@ -39,6 +42,25 @@ class PackedSequences:
     """[S, M]: block ids in order, padded with 0."""
     slots: torch.Tensor
     """[T] int64, on the device: where each token's keys and values go, as block * block_size + offset."""
+    _device: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def place(self, tables: torch.Tensor, tiles: torch.Tensor) -> None:
+        """What is on the device already."""
+        self._device.update(tables=tables, tiles=tiles)
+
+    def tables(self) -> torch.Tensor:
+        """`block_tables` on the device, int32; sent there once for all layers."""
+        return self._once("tables", lambda: self.block_tables)
+
+    def tiles(self, width: int) -> torch.Tensor:
+        """`spans.query_tiles` on the device, int32, likewise."""
+        starts = self.context_lens - np.diff(self.query_starts)
+        return self._once("tiles", lambda: query_tiles(self.query_starts, starts, width))
+
+    def _once(self, name: str, make: Callable[[], npt.NDArray[Any]]) -> torch.Tensor:
+        if name not in self._device:
+            self._device[name] = torch.from_numpy(make().astype(np.int32)).to(self.slots.device, non_blocking=True)
+        return self._device[name]
 
 
 class KVCache:

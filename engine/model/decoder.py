@@ -15,7 +15,7 @@ from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_we
 from tailserve.engine.model.int8 import Quantized, project, project_gated
 from tailserve.engine.model.kernels import embed, norm_all, pick_all
 from tailserve.engine.model.paged_kernels import attend, split_heads
-from tailserve.engine.model.spans import Span, pack
+from tailserve.engine.model.spans import Span, pack, query_tiles
 from tailserve.engine.model.team import cycles
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
 
@@ -90,6 +90,8 @@ class CompiledDecoder:
             epsilon=model.model.norm.variance_epsilon,
         )
         self.sliding_window = sliding_window(attention)
+        # Query tokens that fill the rows of a product.
+        self._tile_width = max(1, MAX_ROWS // (self._shape.heads // self._shape.kv_heads))
         layers, kv_heads, head_dim = len(self._weights.qkv.data), self._shape.kv_heads, self._shape.head_dim
         kind = self._weights.embedding.dtype
         self._scratch = self._allocate(MAX_ROWS)
@@ -122,7 +124,7 @@ class CompiledDecoder:
             batch.token_ids,
             batch.positions,
             batch.slots,
-            self._tiles(batch.query_starts, batch.starts),
+            query_tiles(batch.query_starts, batch.starts, self._tile_width),
             batch.block_tables,
             batch.wanted,
         )
@@ -159,16 +161,6 @@ class CompiledDecoder:
             ),
         )
 
-    def _tiles(self, query_starts: Array, starts: Array) -> Array:
-        """Query tokens in tiles that fill the rows of a product: [N, 4] as `attend` takes them."""
-        width = max(1, MAX_ROWS // (self._shape.heads // self._shape.kv_heads))
-        lengths = np.diff(query_starts)
-        counts = -(-lengths // width)
-        owner = np.repeat(np.arange(len(lengths)), counts)
-        offsets = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * width
-        sizes = np.minimum(width, lengths[owner] - offsets)
-        return np.stack([owner, query_starts[owner] + offsets, sizes, starts[owner] + offsets], axis=1).astype(np.int64)
-
 
 @njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
@@ -201,7 +193,7 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     strip, row = hidden.strides[0], hidden.strides[1]
     counters[:] = 0
     turn = counters.ctypes.data
-    now = cycles()
+    now = cycles()  # type: ignore[call-arg, var-annotated]
     embed(token_ids, weights.embedding, hidden)
     now = lap(ticks, _EMBED, now)
     narrow = scratch.narrow
@@ -254,7 +246,7 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
 @njit(cache=True, nogil=True)
 def lap(ticks, part, since):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Counts the time since `since` as a part's; the time now."""
-    now = cycles()
+    now = cycles()  # type: ignore[call-arg, var-annotated]
     ticks[part] += now - since
     return now
 

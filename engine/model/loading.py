@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
+from importlib.util import find_spec
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -16,6 +16,7 @@ from tailserve.engine.model.avx512 import HAS_INT8_DOT
 from tailserve.engine.model.cpu import CpuBackend
 from tailserve.engine.model.decoder import CompiledDecoder, can_compile
 from tailserve.engine.model.linear import prepack
+from tailserve.engine.model.memory import num_kv_blocks
 from tailserve.engine.model.paged import PagedModel, TransformersModel
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.selfcheck import check_packed, eager_logits
@@ -26,7 +27,6 @@ from tailserve.engine.types import ModelInfo
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_CPU_KV_BYTES = 1 << 30
 _PAGED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -54,11 +54,13 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
         _add_noise(model, options.noise)
     layers, kv_heads, head_dim = _kv_shape(text)
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
-    num_blocks = options.num_blocks or _num_blocks(options, device, per_token, max_model_len)
+    num_blocks = options.num_blocks or num_kv_blocks(options, device, per_token, max_model_len)
     expected = eager_logits(model)
-    paged = _compiled(model, options, num_blocks, max_model_len, expected) or _interpreted(model, options, num_blocks)
-    if isinstance(paged, TransformersModel):
+    paged = _compiled(model, options, num_blocks, max_model_len, expected)
+    if paged is None:
+        paged = _interpreted(model, options, num_blocks, max_model_len)
         check_packed(paged, model, expected)
+        paged.prepare()
     info = ModelInfo(
         vocab_size=text.vocab_size,
         max_model_len=max_model_len,
@@ -109,12 +111,13 @@ def _compiled(
     return paged
 
 
-def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int) -> PagedModel:
+def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int) -> TransformersModel:
     layers, kv_heads, head_dim = _kv_shape(model.config.get_text_config(decoder=True))
     backend = _backend(options, model.device, model.dtype)
+    on_cuda = backend.name == "cuda"
     cache = KVCache(
         num_layers=layers,
-        num_blocks=num_blocks,
+        num_blocks=num_blocks + on_cuda,
         block_size=options.block_size,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -124,7 +127,11 @@ def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int) 
     model.set_attn_implementation(attention.NAME)
     if model.device.type == "cpu":
         prepack(model)
-    return TransformersModel(model, cache, backend)
+    if not on_cuda:
+        return TransformersModel(model, cache, backend)
+    from tailserve.engine.model.graphs import GraphedModel
+
+    return GraphedModel(model, cache, backend, max_model_len=max_model_len)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -172,9 +179,15 @@ def _dtype(options: LoadOptions, text: PreTrainedConfig) -> torch.dtype:
 def _backend(options: LoadOptions, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     name = options.attention_backend
     if name == "auto":
-        name = "cpu" if device.type == "cpu" and dtype in CpuBackend.dtypes else "reference"
+        fast = find_spec("triton") if device.type == "cuda" else dtype in CpuBackend.dtypes
+        name = device.type if fast else "reference"
     if name == "cpu" and device.type == "cpu" and dtype in CpuBackend.dtypes:
         return CpuBackend(options.num_threads)
+    if name == "cuda" and device.type == "cuda":
+        # Imported where there is a GPU only, and with it Triton.
+        from tailserve.engine.model.cuda import CudaBackend
+
+        return CudaBackend(torch.cuda.get_device_properties(device).multi_processor_count)
     if name == "reference":
         return ReferenceBackend()
     raise ConfigError(f"attention_backend={name!r} does not run {dtype} on {device}: use auto", param="attention_backend")
@@ -197,17 +210,6 @@ def _max_model_len(options: LoadOptions, text: PreTrainedConfig) -> int:
             param="max_model_len",
         )
     return options.max_model_len
-
-
-def _num_blocks(options: LoadOptions, device: torch.device, per_token: int, max_model_len: int) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        budget = int(total * options.gpu_memory_utilization) - (total - free)
-    else:
-        budget = _CPU_KV_BYTES
-    per_block = per_token * options.block_size
-    wanted = options.max_num_seqs * math.ceil(max_model_len / options.block_size)
-    return min(max(budget // per_block, math.ceil(max_model_len / options.block_size)), wanted)
 
 
 def _add_noise(model: PreTrainedModel, scale: float) -> None:

@@ -48,15 +48,28 @@ class TransformersModel:
         """See `PagedModel.forward`."""
         batch = pack(spans, self.block_size)
         sequences = PackedSequences(batch.query_starts, batch.context_lens, batch.block_tables, self._tensor(batch.slots))
+        return self._logits(
+            self._tensor(batch.token_ids),
+            self._tensor(batch.positions),
+            self._tensor(batch.wanted.astype(np.int64)),
+            PagedContext(self._cache, self._backend, sequences),
+        )
+
+    def _logits(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, paged: PagedContext
+    ) -> torch.Tensor:
         output = self._model(
-            input_ids=self._tensor(batch.token_ids).unsqueeze(0),
-            position_ids=self._tensor(batch.positions).unsqueeze(0),
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=self._tensor(batch.wanted.astype(np.int64)),
-            paged=PagedContext(self._cache, self._backend, sequences),
+            logits_to_keep=wanted,
+            paged=paged,
         )
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def prepare(self) -> None:
+        """Called once, when the model is known to be right."""
 
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: np.ndarray) -> torch.Tensor:
         """See `PagedModel.pick`."""

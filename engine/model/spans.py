@@ -46,6 +46,16 @@ class PackedSpans:
     """Indices of the tokens whose logits are wanted, span after span."""
 
 
+def query_tiles(query_starts: Array, starts: Array, width: int) -> Array:
+    """Query tokens in tiles of at most `width`: [N, 4] of sequence, first token in the batch, tokens, position of that."""
+    lengths = np.diff(query_starts)
+    counts = -(-lengths // width)
+    owner = np.repeat(np.arange(len(lengths)), counts)
+    offsets = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * width
+    sizes = np.minimum(width, lengths[owner] - offsets)
+    return np.stack([owner, query_starts[owner] + offsets, sizes, starts[owner] + offsets], axis=1).astype(np.int64)
+
+
 def pack(spans: Sequence[Span], block_size: int) -> PackedSpans:
     """Lays spans side by side."""
     lengths = np.array([len(span.token_ids) for span in spans], np.int32)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fakes import make_request, run_to_end
 from local import Models, prompts
 from tiny import TINY, save_model
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tailserve.engine.model.attention import KVCache, Options, PackedSequences
 from tailserve.engine.model.loading import load_model
+from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
+
+if torch.cuda.is_available():
+    from tailserve.engine.model.cuda import CudaBackend
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,11 +30,45 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(LlamaConfig(**TINY), tmp_path_factory.mktemp("llama"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["plain", "window", "softcap", "sinks"])
+def test_attention_equals_the_reference(kind: str, dtype: str) -> None:
+    options = Options(
+        scaling=0.125,
+        sliding_window=100 if kind == "window" else None,
+        softcap=3.0 if kind == "softcap" else None,
+        sinks=torch.linspace(-1, 4, 9, device="cuda") if kind == "sinks" else None,
+    )
+    cache = KVCache(
+        num_layers=1,
+        num_blocks=200,
+        block_size=16,
+        kv_heads=3,
+        head_dim=64,
+        dtype=getattr(torch, dtype),
+        device=torch.device("cuda"),
+    )
+    for tensor in (cache.keys[0], cache.values[0]):
+        tensor.normal_()
+    lengths, contexts = [1, 5, 300, 1], [700, 5, 330, 1]
+    tables = torch.randperm(200)[:180].view(4, 45).numpy().astype(np.int32)
+    query_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    slots = torch.empty(0, device="cuda")
+    sequences = PackedSequences(query_starts, np.array(contexts, np.int32), tables, slots)
+    query = torch.randn(sum(lengths), 9, 64, dtype=cache.keys[0].dtype, device="cuda")
+    expected = ReferenceBackend().attend(query, cache, 0, sequences, options)
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    actual = CudaBackend(132).attend(query, cache, 0, sequences, options)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "reference"])
 @pytest.mark.parametrize("draft", ["none", "ngram", 0.0])
-def test_answers_equal_those_of_the_cpu(path: str, draft: str | float) -> None:
+def test_answers_equal_those_of_the_cpu(path: str, draft: str | float, backend: str) -> None:
+    """Float32, sampled; with the CUDA backend short batches run as graphs, long ones kernel by kernel."""
     answers = []
-    for device in ("cpu", "cuda"):
-        engine = Models(path, num_blocks=200, block_size=8, device=device, attention_backend="reference").engine(draft)
+    for device, attention in (("cpu", "reference"), ("cuda", backend)):
+        engine = Models(path, num_blocks=200, block_size=8, device=device, attention_backend=attention).engine(draft)
         for n, prompt in enumerate(prompts(12, TINY["vocab_size"])):
             engine.add(make_request(prompt, id=str(n), seed=n, max_tokens=24, temperature=0.8))
         answers.append(run_to_end(engine).tokens)
@@ -52,7 +92,7 @@ def test_step_time_against_the_memory_bandwidth_floor() -> None:
         paged, info = load_model(LoadOptions(path=save_model(config, Path(directory)), dtype="bfloat16", max_num_seqs=32))
     buffer = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     bandwidth = 2 * buffer.numel() * 20 / _seconds(lambda: buffer.clone(), 20)
-    weights = sum(p.numel() * p.element_size() for p in paged.model.parameters())
+    weights = 2 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     for batch in (1, 8, 32):
         blocks = [list(range(n * 20, n * 20 + 20)) for n in range(batch)]
         spans = [Span([5], 300, table, 1) for table in blocks]

@@ -1,0 +1,30 @@
+"""KV blocks from free memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tailserve.engine.model import memory
+from tailserve.engine.options import LoadOptions
+
+
+def test_a_container_may_have_less_than_its_machine(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n")
+    assert memory.free_host_memory(tmp_path, tmp_path) == 4000 << 10
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_host_memory(tmp_path, tmp_path) == 4000 << 10
+    (tmp_path / "memory.max").write_text("3000\n")
+    assert memory.free_host_memory(tmp_path, tmp_path) == 2000
+    (tmp_path / "memory.max").write_text("500\n")
+    assert memory.free_host_memory(tmp_path, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("free", "blocks"), [(1 << 40, 64), (16 * 100 * 20 * 4, 20), (0, 8)])
+def test_blocks_for_all_sequences_or_what_fits_or_one_sequence(
+    free: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_host_memory", lambda: free)
+    options = LoadOptions(path="", max_num_seqs=8, block_size=16)
+    assert memory.num_kv_blocks(options, torch.device("cpu"), bytes_per_token=100, max_model_len=128) == blocks
