@@ -63,6 +63,12 @@ class PackedSequences:
         return self._device[name]
 
 
+def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A host tensor's own memory; numpy has no bfloat16, so its bits."""
+    array: npt.NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
 class KVCache:
     """Keys and values of every layer in blocks: two tensors [num_blocks, kv_heads, block_size, head_dim] a layer.
 

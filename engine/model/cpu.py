@@ -6,10 +6,9 @@ import math
 
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from tailserve.engine.model.attention import KVCache, Options, PackedSequences
+from tailserve.engine.model.attention import KVCache, Options, PackedSequences, as_array
 from tailserve.engine.model.reference import attend_one
 
 KERNEL_QUERIES = 16
@@ -119,8 +118,8 @@ class CpuBackend:
             _kernel(
                 out.numpy(),
                 query.float().contiguous().numpy(),
-                _host_array(keys),
-                _host_array(values),
+                as_array(keys),
+                as_array(values),
                 short,
                 sequences.query_starts,
                 sequences.context_lens,
@@ -136,10 +135,3 @@ class CpuBackend:
             table = torch.from_numpy(sequences.block_tables[index])
             out[span] = attend_one(query[span], keys, values, table, int(sequences.context_lens[index]), options)
         return out.to(query.dtype)
-
-
-def _host_array(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:
-    """The tensor's own memory; numpy has no bfloat16, so its bits."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy()
-    return tensor.numpy()

@@ -11,6 +11,7 @@ import torch
 from numba import njit
 from transformers import PreTrainedModel
 
+from tailserve.engine.model.attention import KVCache, as_array
 from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
 from tailserve.engine.model.int8 import Quantized, project, project_gated
 from tailserve.engine.model.kernels import embed, norm_all, pick_all
@@ -129,6 +130,22 @@ class CompiledDecoder:
             batch.wanted,
         )
         return torch.from_numpy(logits)[:, : self._vocab]
+
+    def take_over(self, cache: KVCache, blocks: Array) -> None:
+        """Copies the keys and values of some blocks from a cache of the same shape and type."""
+        pages, lanes = self._keys.shape[3], PAGE
+        pair = self._keys.shape[5] // lanes
+        head_dim = self._shape.head_dim
+        for layer in range(len(self._keys)):
+            keys, values = (
+                as_array(side[layer][torch.from_numpy(blocks)]).reshape(len(blocks), -1, pages, lanes, head_dim)
+                for side in (cache.keys, cache.values)
+            )
+            shape = keys.shape[:3]
+            keys = keys.reshape(*shape, lanes, head_dim // pair, pair).swapaxes(3, 4)
+            self._keys[layer, blocks] = keys.reshape(*shape, head_dim // pair, lanes * pair)
+            values = values.reshape(*shape, lanes // pair, pair, head_dim // COLUMNS, COLUMNS).transpose(0, 1, 2, 5, 3, 6, 4)
+            self._values[layer, blocks] = values.reshape(*shape, head_dim // COLUMNS, lanes // pair, COLUMNS * pair)
 
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: Array) -> torch.Tensor:
         """See `PagedModel.pick`."""

@@ -31,7 +31,7 @@ class GraphedModel(TransformersModel):
 
     def __init__(self, *args: Any, max_model_len: int) -> None:
         super().__init__(*args)
-        self.num_blocks = self._cache.num_blocks - 1
+        self.num_blocks = self.cache.num_blocks - 1
         self._max_blocks = -(-max_model_len // self.block_size)
         config = self._model.config.get_text_config(decoder=True)
         heads = config.num_attention_heads
@@ -104,5 +104,5 @@ class GraphedModel(TransformersModel):
         sequences = PackedSequences(empty, empty, empty, slots.long())
         sequences.place(tables.view(size, self._max_blocks), tiles.view(size, 4))
         return self._logits(
-            tokens.long(), positions.long(), wanted.long(), PagedContext(self._cache, self._backend, sequences)
+            tokens.long(), positions.long(), wanted.long(), PagedContext(self.cache, self._backend, sequences)
         )

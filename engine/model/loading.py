@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from importlib.util import find_spec
 
@@ -12,19 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from tailserve.engine.errors import ConfigError, UnsupportedModelError
 from tailserve.engine.model import attention
 from tailserve.engine.model.attention import AttentionBackend, KVCache
-from tailserve.engine.model.avx512 import HAS_INT8_DOT
+from tailserve.engine.model.compiled import DecoderSettings, compile_model, is_cached, wants_compiled
 from tailserve.engine.model.cpu import CpuBackend
-from tailserve.engine.model.decoder import CompiledDecoder, can_compile
 from tailserve.engine.model.linear import prepack
 from tailserve.engine.model.memory import num_kv_blocks
 from tailserve.engine.model.paged import PagedModel, TransformersModel
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.selfcheck import check_packed, eager_logits
-from tailserve.engine.model.tiles import PAGE
+from tailserve.engine.model.upgrade import UpgradingModel
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.types import ModelInfo
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PAGED_LAYERS = {"full_attention", "sliding_attention"}
@@ -46,21 +42,24 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     max_model_len = _max_model_len(options, text)
     refuse_unsupported(config, max_model_len)
     dtype = _dtype(options, text)
-    model = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype, attn_implementation="eager")
-    model.eval()  # type: ignore[no-untyped-call]
-    model.to(device)  # type: ignore[arg-type]
-    model.requires_grad_(False)
-    if options.noise:
-        _add_noise(model, options.noise)
+    model = read_model(options, dtype, device)
     layers, kv_heads, head_dim = _kv_shape(text)
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
     num_blocks = options.num_blocks or num_kv_blocks(options, device, per_token, max_model_len)
     expected = eager_logits(model)
-    paged = _compiled(model, options, num_blocks, max_model_len, expected)
+    settings = DecoderSettings.of(options, num_blocks, max_model_len)
+    wanted = wants_compiled(model, options)
+    paged: PagedModel | None = None
+    if wanted and (is_cached(dtype, settings.int8) or options.attention_backend == "compiled" or settings.int8):
+        paged = compile_model(model, settings, expected)
+        wanted = False
     if paged is None:
-        paged = _interpreted(model, options, num_blocks, max_model_len)
-        check_packed(paged, model, expected)
-        paged.prepare()
+        plain = _interpreted(model, options, num_blocks, max_model_len)
+        check_packed(plain, model, expected)
+        plain.prepare()
+        paged = plain
+        if wanted:
+            paged = UpgradingModel(plain, settings, lambda: (read_model(options, dtype, device), expected))
     info = ModelInfo(
         vocab_size=text.vocab_size,
         max_model_len=max_model_len,
@@ -73,42 +72,15 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     return paged, info
 
 
-def _compiled(
-    model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int, expected: list[torch.Tensor]
-) -> PagedModel | None:
-    """The model as a compiled decoder, checked; None if it is not built for one, or the options ask for something else."""
-    wanted, int8 = options.attention_backend, options.quantization == "int8"
-    if int8 and not HAS_INT8_DOT:
-        raise ConfigError("quantization='int8' needs a CPU with AVX512-VNNI: use none", param="quantization")
-    if wanted not in ("auto", "compiled") and not int8:
-        return None
-    if not can_compile(model, options.block_size):
-        if wanted == "auto" and not int8:
-            return None
-        raise ConfigError(
-            f"attention_backend='compiled' and quantization='int8' need a CPU, bfloat16 or float32, a model built like "
-            f"Llama, and block_size in multiples of {PAGE}: use auto, and none",
-            param="quantization" if int8 else "attention_backend",
-        )
-    num_threads = options.num_threads or os.cpu_count() or 1
-    paged = CompiledDecoder(
-        model,
-        num_blocks=num_blocks,
-        block_size=options.block_size,
-        max_model_len=max_model_len,
-        num_threads=num_threads,
-        int8=int8,
-    )
-    try:
-        check_packed(paged, model, expected, quantized=int8)
-    except UnsupportedModelError as error:
-        if int8:
-            raise
-        logger.info("the compiled decoder does not fit this model, so transformers' own modules run it: %s", error.message)
-        return None
-    # The compiled code has threads of its own, and two teams would take the cores from each other.
-    torch.set_num_threads(1)
-    return paged
+def read_model(options: LoadOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The checkpoint as transformers loads it, for inference."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype, attn_implementation="eager")
+    model.eval()  # type: ignore[no-untyped-call]
+    model.to(device)  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    if options.noise:
+        _add_noise(model, options.noise)
+    return model
 
 
 def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int) -> TransformersModel:

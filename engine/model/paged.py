@@ -37,7 +37,7 @@ class TransformersModel:
 
     def __init__(self, model: PreTrainedModel, cache: KVCache, backend: AttentionBackend) -> None:
         self._model = model
-        self._cache = cache
+        self.cache = cache
         self._backend = backend
         self._device = model.device
         self.backend = backend.name
@@ -52,7 +52,7 @@ class TransformersModel:
             self._tensor(batch.token_ids),
             self._tensor(batch.positions),
             self._tensor(batch.wanted.astype(np.int64)),
-            PagedContext(self._cache, self._backend, sequences),
+            PagedContext(self.cache, self._backend, sequences),
         )
 
     def _logits(

@@ -1,0 +1,84 @@
+"""A model that answers at once, and faster once its compiled code is there."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from tailserve.engine.model.compiled import DecoderSettings, compile_model
+from tailserve.engine.model.decoder import CompiledDecoder
+from tailserve.engine.model.paged import PagedModel, TransformersModel
+from tailserve.engine.model.spans import Span
+
+logger = logging.getLogger(__name__)
+
+
+class UpgradingModel:
+    """A `PagedModel`: transformers' modules while another process compiles, then the compiled decoder.
+
+    The change comes between two steps and takes the keys and values along, so nobody who uses the model need know.
+    """
+
+    def __init__(
+        self,
+        plain: TransformersModel,
+        settings: DecoderSettings,
+        read: Callable[[], tuple[PreTrainedModel, list[torch.Tensor]]],
+    ) -> None:
+        """`read` loads the model again, as `compile_model` takes it: `plain` has changed the layers of its own."""
+        self.num_blocks, self.block_size = plain.num_blocks, plain.block_size
+        self.backend = plain.backend
+        self._model: PagedModel = plain
+        self._plain: TransformersModel | None = plain
+        self._used = np.zeros(plain.num_blocks, bool)
+        """Blocks that hold something."""
+        self._ready: CompiledDecoder | None = None
+        self._thread = threading.Thread(target=self._prepare, args=(settings, read), name="compile", daemon=True)
+        self._thread.start()
+
+    def forward(self, spans: Sequence[Span]) -> torch.Tensor:
+        """See `PagedModel.forward`."""
+        if self._plain is not None:
+            if self._ready is not None:
+                self._change(self._plain, self._ready)
+            for span in spans:
+                self._used[list(span.block_ids)] = True
+        return self._model.forward(spans)
+
+    def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: np.ndarray) -> torch.Tensor:
+        """See `PagedModel.pick`."""
+        return self._model.pick(logits, temperatures, keys)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the compiled decoder is ready for the next step, or never will be."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _change(self, plain: TransformersModel, ready: CompiledDecoder) -> None:
+        ready.take_over(plain.cache, np.flatnonzero(self._used))
+        self._model, self._plain, self._ready = ready, None, None
+        self.backend = ready.backend
+        # For this thread: see `compile_model`.
+        torch.set_num_threads(1)
+        logger.info("the compiled decoder takes over")
+
+    def _prepare(self, settings: DecoderSettings, read: Callable[[], tuple[PreTrainedModel, list[torch.Tensor]]]) -> None:
+        try:
+            # This thread's share: a second team of threads would take the cores from the model's.
+            torch.set_num_threads(1)
+            model, expected = read()
+            kind = str(model.dtype).removeprefix("torch.")
+            command = [sys.executable, "-m", "tailserve.engine.model.compiled", kind, "int8" if settings.int8 else "none"]
+            subprocess.run(command, check=True, capture_output=True)
+            self._ready = compile_model(model, settings, expected)
+        except subprocess.CalledProcessError as error:
+            logger.warning("compiling failed, so transformers' own modules go on: %s", error.stderr.decode()[-2000:])
+        except Exception:
+            logger.exception("compiling failed, so transformers' own modules go on")
