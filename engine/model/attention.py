@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 from transformers import AttentionInterface
 
+from tailserve.engine.model.memory import untouched_zeros
 from tailserve.engine.model.spans import query_tiles
 
 NAME = "tailserve_paged"
@@ -89,14 +91,21 @@ class KVCache:
         shape = (num_blocks, kv_heads, block_size, head_dim)
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys and values [T, kv_heads, head_dim] at `slots`."""
         blocks, offsets = slots // self.block_size, slots % self.block_size
         self.keys[layer].transpose(1, 2)[blocks, offsets] = keys
         self.values[layer].transpose(1, 2)[blocks, offsets] = values
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(untouched_zeros((size,), np.uint8)).view(dtype).view(shape)
 
 
 class AttentionBackend(Protocol):

@@ -15,6 +15,7 @@ from tailserve.engine.model.attention import KVCache, as_array
 from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
 from tailserve.engine.model.int8 import Quantized, project, project_gated
 from tailserve.engine.model.kernels import embed, norm_all, pick_all
+from tailserve.engine.model.memory import touch_in_background, untouched_zeros
 from tailserve.engine.model.paged_kernels import attend, split_heads
 from tailserve.engine.model.spans import Span, pack, query_tiles
 from tailserve.engine.model.team import cycles
@@ -102,8 +103,9 @@ class CompiledDecoder:
         """The CPU's ticks that each of PARTS has taken since the start."""
         pair = 4 // kind.itemsize
         shape = (layers, num_blocks, kv_heads, block_size // PAGE)
-        self._keys = aligned((*shape, head_dim // pair, PAGE * pair), kind)
-        self._values = aligned((*shape, head_dim // COLUMNS, PAGE // pair, COLUMNS * pair), kind)
+        self._keys = untouched_zeros((*shape, head_dim // pair, PAGE * pair), kind)
+        self._values = untouched_zeros((*shape, head_dim // COLUMNS, PAGE // pair, COLUMNS * pair), kind)
+        touch_in_background([self._keys, self._values])
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """See `PagedModel.forward`."""

@@ -1,16 +1,27 @@
-"""How many KV blocks fit: from the memory that is free when the weights are there."""
+"""Memory for KV blocks: how many fit into what is free when the weights are there, and how it is taken on a CPU."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tailserve.engine.options import LoadOptions
 
 CPU_SHARE = 0.25
 """Of the free memory, for KV on a CPU. A draft takes as much of what is left; the rest is for the other processes."""
+
+_BLOCKS_AT_A_TIME = 256
 
 
 def num_kv_blocks(options: LoadOptions, device: torch.device, bytes_per_token: int, max_model_len: int) -> int:
@@ -40,3 +51,39 @@ def free_host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
     except OSError:
         pass  # no limit that can be seen
     return max(free, 0)
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Zeros that begin at a page and take no memory until they are written to, in huge pages where there are."""
+    memory = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def touch_in_background(arrays: Sequence[npt.NDArray[Any]]) -> threading.Thread | None:
+    """Takes the memory of arrays [layers, blocks, ...] while they are in use already, first blocks first.
+
+    A virtual machine may need milliseconds to come up with a page, which a step should not wait for, and seconds for all of
+    them, which a start should not. None where the system cannot: Linux can since 5.14.
+    """
+    if sys.platform != "linux":
+        return None
+    thread = threading.Thread(target=_touch, args=(arrays,), name="touch", daemon=True)
+    thread.start()
+    return thread
+
+
+def _touch(arrays: Sequence[npt.NDArray[Any]]) -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    # Unlike the mmap module's, this call lets other threads run meanwhile.
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    populate_write = 23
+    for begin in range(0, arrays[0].shape[1], _BLOCKS_AT_A_TIME):
+        for array in arrays:
+            for layer in array:
+                part = layer[begin : begin + _BLOCKS_AT_A_TIME]
+                first = part.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+                if madvise(first, part.ctypes.data + part.nbytes - first, populate_write):
+                    return  # an older kernel: pages come with their first use

@@ -1,7 +1,9 @@
 """KV blocks from free memory."""
 
+import mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,3 +30,19 @@ def test_blocks_for_all_sequences_or_what_fits_or_one_sequence(
     monkeypatch.setattr(memory, "free_host_memory", lambda: free)
     options = LoadOptions(path="", max_num_seqs=8, block_size=16)
     assert memory.num_kv_blocks(options, torch.device("cpu"), bytes_per_token=100, max_model_len=128) == blocks
+
+
+def test_memory_is_taken_behind_the_back_of_who_uses_it() -> None:
+    array = memory.untouched_zeros((2, 3000, 4096), np.uint8)
+    array[1, 2000:2010] = 7
+    before = _resident()
+    thread = memory.touch_in_background([array])
+    if thread is None:
+        pytest.skip("not Linux")
+    thread.join(60)
+    assert _resident() - before > 0.9 * array.nbytes
+    assert array.sum() == 7 * 10 * 4096
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
