@@ -11,12 +11,13 @@ import torch
 from numba import njit
 from transformers import PreTrainedModel
 
-from tailserve.engine.model.attention import KVCache, as_array
+from tailserve.engine.model.attention import KVCache
 from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
 from tailserve.engine.model.int8 import Quantized, project, project_gated
 from tailserve.engine.model.kernels import embed, norm_all, pick_all
 from tailserve.engine.model.memory import touch_in_background, untouched_zeros
 from tailserve.engine.model.paged_kernels import attend, split_heads
+from tailserve.engine.model.panels import copy_blocks, panel_shapes
 from tailserve.engine.model.spans import Span, pack, query_tiles
 from tailserve.engine.model.team import cycles
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
@@ -101,10 +102,8 @@ class CompiledDecoder:
         self._counters = np.zeros(_KERNELS * layers + _KERNELS, np.int64)
         self.ticks = np.zeros(len(PARTS), np.int64)
         """The CPU's ticks that each of PARTS has taken since the start."""
-        pair = 4 // kind.itemsize
-        shape = (layers, num_blocks, kv_heads, block_size // PAGE)
-        self._keys = untouched_zeros((*shape, head_dim // pair, PAGE * pair), kind)
-        self._values = untouched_zeros((*shape, head_dim // COLUMNS, PAGE // pair, COLUMNS * pair), kind)
+        keys, values = panel_shapes(layers, num_blocks, kv_heads, block_size, head_dim, 4 // kind.itemsize)
+        self._keys, self._values = untouched_zeros(keys, kind), untouched_zeros(values, kind)
         touch_in_background([self._keys, self._values])
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
@@ -135,19 +134,7 @@ class CompiledDecoder:
 
     def take_over(self, cache: KVCache, blocks: Array) -> None:
         """Copies the keys and values of some blocks from a cache of the same shape and type."""
-        pages, lanes = self._keys.shape[3], PAGE
-        pair = self._keys.shape[5] // lanes
-        head_dim = self._shape.head_dim
-        for layer in range(len(self._keys)):
-            keys, values = (
-                as_array(side[layer][torch.from_numpy(blocks)]).reshape(len(blocks), -1, pages, lanes, head_dim)
-                for side in (cache.keys, cache.values)
-            )
-            shape = keys.shape[:3]
-            keys = keys.reshape(*shape, lanes, head_dim // pair, pair).swapaxes(3, 4)
-            self._keys[layer, blocks] = keys.reshape(*shape, head_dim // pair, lanes * pair)
-            values = values.reshape(*shape, lanes // pair, pair, head_dim // COLUMNS, COLUMNS).transpose(0, 1, 2, 5, 3, 6, 4)
-            self._values[layer, blocks] = values.reshape(*shape, head_dim // COLUMNS, lanes // pair, COLUMNS * pair)
+        copy_blocks(cache, blocks, self._keys, self._values)
 
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: Array) -> torch.Tensor:
         """See `PagedModel.pick`."""

@@ -55,7 +55,9 @@ def free_host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cg
 
 def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Zeros that begin at a page and take no memory until they are written to, in huge pages where there are."""
-    memory = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    # Private: what processes could share comes in small pages, and every block would miss the translation cache.
+    memory = mmap.mmap(-1, size) if sys.platform == "win32" else mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)

@@ -116,18 +116,21 @@ def attend(layer, query, keys, values, tiles, tables, scaling, window, out, team
             sequence, begin, position = tiles[n, 0], tiles[n, 1], tiles[n, 3]
             rows = tiles[n, 2] * groups
             first = max(0, position - window + 1) // PAGE if window > 0 else 0
-            pages = np.empty((position + tiles[n, 2] - 1) // PAGE + 1 - first, np.int64)
-            for p in range(len(pages)):
+            count = (position + tiles[n, 2] - 1) // PAGE + 1 - first
+            # Keys, then values.
+            pages = np.empty(2 * count, np.int64)
+            for p in range(count):
                 block, page = tables[sequence, (first + p) // block_pages], (first + p) % block_pages
-                pages[p] = key_base + block * block_stride + h * head_stride + page * page_stride
-            width = len(pages) * PAGE
+                offset = block * block_stride + h * head_stride + page * page_stride
+                pages[p], pages[count + p] = key_base + offset, value_base + offset
+            width = count * PAGE
             scores = np.empty((rows, width), np.float32)
             weights = np.empty((rows, width), query.dtype)
             sums = np.zeros((rows, head_dim), np.float32)
             totals = np.empty(rows, np.float32)
             line, share, sum_base = scores.ctypes.data, weights.ctypes.data, sums.ctypes.data
             x = query_base + h * query.strides[0] + begin * query_stride
-            score(query, rows, x, row_stride, pages, head_dim // pair, line, width * 4)
+            score(query, rows, x, row_stride, pages, count, head_dim // pair, line, width * 4)
             for r in range(rows):
                 own = position + r // groups
                 low = max(0, own - window + 1 - first * PAGE) if window > 0 else 0
@@ -136,9 +139,7 @@ def attend(layer, query, keys, values, tiles, tables, scaling, window, out, team
                 for j in range(own + 1 - first * PAGE, width):
                     scores[r, j] = NOWHERE
                 totals[r] = _softmax(weights, line + r * width * 4, width, scaling, share + r * width * size)
-            for p in range(len(pages)):
-                pages[p] += value_base - key_base
-            weigh(query, rows, share, width * size, pages, strips, sum_base, head_dim * 4)
+            weigh(query, rows, share, width * size, pages, count, strips, sum_base, head_dim * 4)
             for r in range(rows):
                 # Dividing the sums is cheaper than dividing the weights.
                 inverse = spread(np.float32(1.0) / totals[r])

@@ -22,7 +22,7 @@ COLUMNS = STRIP
 PAGE = LANES
 """Tokens of a page of keys or values."""
 
-AHEAD = 2
+AHEAD = 4
 """Pages between the one that is read and the one that is asked for: they lie anywhere, so the CPU cannot foresee them."""
 
 MAX_ROWS = 2 * TILE if HAS_AMX else heights("bfloat16")[0]
@@ -120,22 +120,23 @@ def _multiply_tiles(rows, x, strip_stride, panel, steps, out, out_stride, add, a
     release()
 
 
-def score(query, rows, x, x_stride, pages, steps, out, out_stride):
-    """Queries times pages of keys, each [steps, 16 * pair] at an address of `pages`: float32 [rows, 16 * len(pages)].
+def score(query, rows, x, x_stride, pages, count, steps, out, out_stride):
+    """Queries times pages of keys, each [steps, 16 * pair] at one of the first `count` addresses of `pages`.
 
-    `query` gives the type; x is the address of the rows.
+    Writes float32 [rows, 16 * count]. `query` gives the type; x is the address of the rows. Pages behind the first `count`
+    are those that are needed next, and are asked for.
     """
     raise NotImplementedError
 
 
 @overload(score)
-def _score(query, rows, x, x_stride, pages, steps, out, out_stride):  # pragma: no cover
+def _score(query, rows, x, x_stride, pages, count, steps, out, out_stride):  # pragma: no cover
     if query.dtype == types.uint16 and HAS_AMX:
 
-        def tiles(query, rows, x, x_stride, pages, steps, out, out_stride):
+        def tiles(query, rows, x, x_stride, pages, count, steps, out, out_stride):
             for top in range(0, rows, MAX_ROWS):
                 some = min(MAX_ROWS, rows - top)
-                _score_tiles(some, x + top * x_stride, x_stride, pages, steps, out + top * out_stride, out_stride)
+                _score_tiles(some, x + top * x_stride, x_stride, pages, count, steps, out + top * out_stride, out_stride)
 
         return tiles
 
@@ -144,10 +145,10 @@ def _score(query, rows, x, x_stride, pages, steps, out, out_stride):  # pragma: 
     heights = _HEIGHTS_BFLOAT16 if narrow else _HEIGHTS_FLOAT32
     strip = STRIP // 2 if narrow else STRIP
 
-    def vectors(query, rows, x, x_stride, pages, steps, out, out_stride):
+    def vectors(query, rows, x, x_stride, pages, count, steps, out, out_stride):
         for height in heights:
             while rows >= height:
-                for p in range(len(pages)):
+                for p in range(count):
                     ahead = pages[min(p + AHEAD, len(pages) - 1)]
                     target = out + p * PAGE * 4
                     kernel(height, x, x_stride, strip * 4, pages[p], target, out_stride, steps // strip, 0, ahead, strip)
@@ -159,10 +160,10 @@ def _score(query, rows, x, x_stride, pages, steps, out, out_stride):  # pragma: 
 
 
 @njit(cache=True, nogil=True)
-def _score_tiles(rows, x, x_stride, pages, steps, out, out_stride):  # pragma: no cover
+def _score_tiles(rows, x, x_stride, pages, count, steps, out, out_stride):  # pragma: no cover
     configure(_CONFIGURATIONS.ctypes.data + rows * 64)
     lower, lower_out = rows > TILE, out + TILE * out_stride
-    for p in range(len(pages)):
+    for p in range(count):
         zero(0)
         if lower:
             zero(2)
@@ -179,25 +180,25 @@ def _score_tiles(rows, x, x_stride, pages, steps, out, out_stride):  # pragma: n
     release()
 
 
-def weigh(query, rows, weights, stride, pages, parts, out, out_stride):
-    """Weights times pages of values, each [parts, 16 / pair, 32 * pair] at an address of `pages`.
+def weigh(query, rows, weights, stride, pages, begin, parts, out, out_stride):
+    """Weights times pages of values, each [parts, 16 / pair, 32 * pair] at the addresses of `pages` from number `begin` on.
 
-    `query` gives the type; `weights` is the address of rows [rows, 16 * len(pages)], out that of float32 [rows, 32 * parts],
-    which must be 0.
+    `query` gives the type; `weights` is the address of rows of 16 numbers for each page, out that of float32
+    [rows, 32 * parts], which must be 0.
     """
     raise NotImplementedError
 
 
 @overload(weigh)
-def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # pragma: no cover
+def _weigh(query, rows, weights, stride, pages, begin, parts, out, out_stride):  # pragma: no cover
     if query.dtype == types.uint16 and HAS_AMX:
 
-        def tiles(query, rows, weights, stride, pages, parts, out, out_stride):
+        def tiles(query, rows, weights, stride, pages, begin, parts, out, out_stride):
             for top in range(0, rows, MAX_ROWS):
                 some, source, target = min(MAX_ROWS, rows - top), weights + top * stride, out + top * out_stride
                 for part in range(parts):
                     offset = part * PAGE * COLUMNS * 2
-                    _weigh_tiles(some, source, stride, pages, offset, target + part * COLUMNS * 4, out_stride)
+                    _weigh_tiles(some, source, stride, pages, begin, offset, target + part * COLUMNS * 4, out_stride)
 
         return tiles
 
@@ -207,15 +208,15 @@ def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # prag
     size = 2 if narrow else 4
     lines = PAGE * COLUMNS * size // 64
 
-    def vectors(query, rows, weights, stride, pages, parts, out, out_stride):
+    def vectors(query, rows, weights, stride, pages, begin, parts, out, out_stride):
         for height in heights:
             while rows >= height:
-                for p in range(len(pages)):
-                    ahead = pages[min(p + AHEAD, len(pages) - 1)]
+                for p in range(len(pages) - begin):
+                    page, ahead = pages[begin + p], pages[min(begin + p + AHEAD, len(pages) - 1)]
                     for part in range(parts):
                         offset, source = part * PAGE * COLUMNS * size, weights + p * PAGE * size
                         target = out + part * COLUMNS * 4
-                        kernel(height, source, stride, 0, pages[p] + offset, target, out_stride, 1, 1, ahead + offset, lines)
+                        kernel(height, source, stride, 0, page + offset, target, out_stride, 1, 1, ahead + offset, lines)
                 rows -= height
                 weights += height * stride
                 out += height * out_stride
@@ -224,7 +225,7 @@ def _weigh(query, rows, weights, stride, pages, parts, out, out_stride):  # prag
 
 
 @njit(cache=True, nogil=True)
-def _weigh_tiles(rows, weights, stride, pages, offset, out, out_stride):  # pragma: no cover
+def _weigh_tiles(rows, weights, stride, pages, begin, offset, out, out_stride):  # pragma: no cover
     configure(_PAGE_CONFIGURATIONS.ctypes.data + rows * 64)
     lower = rows > TILE
     zero(0)
@@ -232,8 +233,8 @@ def _weigh_tiles(rows, weights, stride, pages, offset, out, out_stride):  # prag
     if lower:
         zero(2)
         zero(3)
-    for p in range(len(pages)):
-        panel, x = pages[p] + offset, weights + p * PAGE * 2
+    for p in range(len(pages) - begin):
+        panel, x = pages[begin + p] + offset, weights + p * PAGE * 2
         load(6, panel, 128)
         load(4, x, stride)
         dot(0, 4, 6)

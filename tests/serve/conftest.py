@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -29,6 +31,7 @@ def ray_cluster() -> Iterator[int]:
     # As `tailserve serve` does, but for this process, where ray.serve is imported already: its handles are called from many
     # event loops, which Serve's throughput mode does not allow.
     prepare_serve()
+    subprocess.run([sys.executable, "-m", "tailserve.engine.model.compiled", "float32", "none"], check=True)
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(REPLICA_PORTS[0])
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     port = free_port()

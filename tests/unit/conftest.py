@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from tiny import TINY, save_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled() -> None:
+    """Models that are loaded while nothing is compiled begin without; most tests are not about that."""
+    for dtype in ("float32", "bfloat16"):
+        subprocess.run([sys.executable, "-m", "tailserve.engine.model.compiled", dtype, "none"], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +26,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def _no_ray() -> object:
     """A unit test that starts Ray is in the wrong folder."""
-    import sys
-
     yield
     ray = sys.modules.get("ray")
     assert ray is None or not ray.is_initialized()

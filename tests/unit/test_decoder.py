@@ -12,12 +12,16 @@ from packed import run_in_chunks
 from tiny import TINY, save_model
 
 from tailserve.engine.errors import ConfigError
+from tailserve.engine.model.attention import KVCache, Options, PackedSequences, as_array
 from tailserve.engine.model.decoder_weights import aligned
 from tailserve.engine.model.kernels import pick_all
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.microkernel import LANES, PORTABLE_HEIGHTS, heights, portable_product, product
 from tailserve.engine.model.paged import PagedModel
-from tailserve.engine.model.spans import Span
+from tailserve.engine.model.paged_kernels import attend
+from tailserve.engine.model.panels import copy_blocks, panel_shapes
+from tailserve.engine.model.reference import ReferenceBackend
+from tailserve.engine.model.spans import Span, query_tiles
 from tailserve.engine.model.vectors import exp, read, write
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.sampling import noise_keys, pick
@@ -176,3 +180,43 @@ def test_compiled_draws_are_those_of_torch(columns: int) -> None:
     drawn = _pick(logits, temperatures, keys)
     assert (drawn == pick(torch.from_numpy(logits), temperatures, keys).numpy()).all()
     assert len(set(drawn[2::4].tolist())) > 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_equals_the_reference(window: int | None, dtype: str) -> None:
+    """Within the rounding of the type: generating sequences, a whole prompt, the last chunk of another."""
+    heads, kv_heads, head_dim, size = 6, 2, 64, 32
+    lengths, contexts = [1, 5, 40, 1], [150, 5, 57, 1]
+    kind = getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(
+        num_layers=2,
+        num_blocks=30,
+        block_size=size,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=kind,
+        device=torch.device("cpu"),
+    )
+    for tensor in (cache.keys[1], cache.values[1]):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    tables = torch.randperm(30, generator=generator)[:20].view(4, 5).numpy().astype(np.int32)
+    query_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    sequences = PackedSequences(query_starts, np.array(contexts, np.int32), tables, torch.empty(0))
+    query = torch.randn(sum(lengths), heads, head_dim, generator=generator).to(kind)
+    expected = ReferenceBackend().attend(query, cache, 1, sequences, Options(0.125, window))
+    keys, values = (
+        np.zeros(shape, np.uint16 if dtype == "bfloat16" else np.float32)
+        for shape in panel_shapes(2, 30, kv_heads, size, head_dim, 4 // query.element_size())
+    )
+    copy_blocks(cache, np.arange(30), keys, values)
+    grouped = as_array(query.view(-1, kv_heads, heads // kv_heads, head_dim).transpose(0, 1).contiguous())
+    out = np.zeros((heads * head_dim // 32, sum(lengths), 32), grouped.dtype)
+    counter = np.zeros(1, np.int64)
+    tiles = query_tiles(query_starts, np.array(contexts) - np.array(lengths), 4)
+    attend(1, grouped, keys, values, tiles, tables, np.float32(0.125), window or 0, out, (2, counter.ctypes.data))
+    flat = np.ascontiguousarray(out.transpose(1, 0, 2)).reshape(sum(lengths), heads, head_dim)
+    actual = torch.from_numpy(flat.view(np.int16)).view(kind) if dtype == "bfloat16" else torch.from_numpy(flat)
+    close = 1e-5 if dtype == "float32" else 2**-6
+    torch.testing.assert_close(actual, expected, rtol=close, atol=close)
