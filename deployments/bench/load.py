@@ -48,6 +48,7 @@ class Sample:
     pieces: list[float] = field(default_factory=list)
     """When each piece of the answer arrived."""
     num_tokens: int = 0
+    text: str = ""
     error: str | None = None
 
     @property
@@ -68,8 +69,18 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class _Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str = ""
+    delta: _Delta | None = None
+
+
 class _Event(msgspec.Struct):
-    choices: list[msgspec.Raw] = []
+    choices: list[_Choice] = []
     usage: _Usage | None = None
     error: msgspec.Raw | None = None
 
@@ -138,8 +149,11 @@ class Client:
             sample.error = bytes(decoded.error).decode()
         if decoded.usage is not None:
             sample.num_tokens = decoded.usage.completion_tokens
-        # A chat's opening event carries the role only: nobody has read anything by then.
-        if decoded.choices and b'"role"' not in bytes(decoded.choices[0]):
+        for choice in decoded.choices:
+            # A chat's opening event carries the role only: nobody has read anything by then.
+            if choice.delta is not None and choice.delta.role is not None and not choice.delta.content:
+                continue
+            sample.text += choice.delta.content or "" if choice.delta is not None else choice.text
             sample.pieces.append(now)
 
 

@@ -15,7 +15,7 @@ from tailserve.engine.model.attention import KVCache
 from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
 from tailserve.engine.model.int8 import Quantized, project, project_gated
 from tailserve.engine.model.kernels import embed, norm_all, pick_all
-from tailserve.engine.model.memory import touch_in_background, untouched_zeros
+from tailserve.engine.model.memory import Reserve, untouched_zeros
 from tailserve.engine.model.paged_kernels import attend, split_heads
 from tailserve.engine.model.panels import copy_blocks, panel_shapes
 from tailserve.engine.model.spans import Span, pack, query_tiles
@@ -104,13 +104,14 @@ class CompiledDecoder:
         """The CPU's ticks that each of PARTS has taken since the start."""
         keys, values = panel_shapes(layers, num_blocks, kv_heads, block_size, head_dim, 4 // kind.itemsize)
         self._keys, self._values = untouched_zeros(keys, kind), untouched_zeros(values, kind)
-        touch_in_background([self._keys, self._values])
+        self._reserve = Reserve([self._keys, self._values])
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """See `PagedModel.forward`."""
         # A limit of the calling thread, which may be another one than that which loaded the model.
         numba.set_num_threads(self._num_threads)
         batch = pack(spans, self.block_size)
+        self._reserve.note_use(int(batch.block_tables.max()))
         if len(batch.token_ids) > self._scratch.hidden.size // self._weights.input_norm.shape[1]:
             self._scratch = self._allocate(2 * len(batch.token_ids))
         logits = _run(

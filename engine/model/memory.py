@@ -8,6 +8,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ CPU_SHARE = 0.25
 """Of the free memory, for KV on a CPU. A draft takes as much of what is left; the rest is for the other processes."""
 
 _BLOCKS_AT_A_TIME = 256
+_IDLE_S = 0.2
 
 
 def num_kv_blocks(options: LoadOptions, device: torch.device, bytes_per_token: int, max_model_len: int) -> int:
@@ -63,29 +65,48 @@ def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
-def touch_in_background(arrays: Sequence[npt.NDArray[Any]]) -> threading.Thread | None:
-    """Takes the memory of arrays [layers, blocks, ...] while they are in use already, first blocks first.
+class Reserve:
+    """Takes the memory of arrays [layers, blocks, ...] that are in use already, first blocks first, a little at a time.
 
     A virtual machine may need milliseconds to come up with a page, which a step should not wait for, and seconds for all of
-    them, which a start should not. None where the system cannot: Linux can since 5.14.
+    them, which a start should not. So a thread of low priority does it while nothing else is to be done, or where the blocks
+    that are next in line would otherwise be touched first by a step. Linux can since 5.14; elsewhere pages come with their
+    first use.
     """
-    if sys.platform != "linux":
-        return None
-    thread = threading.Thread(target=_touch, args=(arrays,), name="touch", daemon=True)
-    thread.start()
-    return thread
 
+    def __init__(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        self._arrays = arrays
+        self._num_blocks = arrays[0].shape[1]
+        self._highest = 0
+        self._used_at = -math.inf
+        self.thread = threading.Thread(target=self._run, name="reserve", daemon=True)
+        if sys.platform == "linux":
+            # As much as a few sequences need before the first of them comes.
+            if self._take(0, _BLOCKS_AT_A_TIME):
+                self.thread.start()
 
-def _touch(arrays: Sequence[npt.NDArray[Any]]) -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    # Unlike the mmap module's, this call lets other threads run meanwhile.
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    populate_write = 23
-    for begin in range(0, arrays[0].shape[1], _BLOCKS_AT_A_TIME):
-        for array in arrays:
+    def note_use(self, highest_block: int) -> None:
+        """Called at each step."""
+        self._highest = max(self._highest, highest_block)
+        self._used_at = time.monotonic()
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        for begin in range(_BLOCKS_AT_A_TIME, self._num_blocks, _BLOCKS_AT_A_TIME):
+            while begin > self._highest + 2 * _BLOCKS_AT_A_TIME and time.monotonic() - self._used_at < _IDLE_S:
+                time.sleep(_IDLE_S)
+            if not self._take(begin, begin + _BLOCKS_AT_A_TIME):
+                return
+
+    def _take(self, begin: int, end: int) -> bool:
+        # Unlike the mmap module's, this call lets other threads run meanwhile.
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        populate_write = 23
+        for array in self._arrays:
             for layer in array:
-                part = layer[begin : begin + _BLOCKS_AT_A_TIME]
+                part = layer[begin:end]
                 first = part.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
                 if madvise(first, part.ctypes.data + part.nbytes - first, populate_write):
-                    return  # an older kernel: pages come with their first use
+                    return False
+        return True

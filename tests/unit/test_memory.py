@@ -1,6 +1,8 @@
 """KV blocks from free memory."""
 
 import mmap
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +38,31 @@ def test_memory_is_taken_behind_the_back_of_who_uses_it() -> None:
     array = memory.untouched_zeros((2, 3000, 4096), np.uint8)
     array[1, 2000:2010] = 7
     before = _resident()
-    thread = memory.touch_in_background([array])
-    if thread is None:
-        pytest.skip("not Linux")
-    thread.join(60)
+    memory.Reserve([array]).thread.join(60)
     assert _resident() - before > 0.9 * array.nbytes
     assert array.sum() == 7 * 10 * 4096
 
 
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_memory_is_left_alone_while_steps_run_elsewhere_and_taken_where_they_will(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(memory.Reserve, "_take", lambda self, begin, end: taken.append(begin) or True)
+    monkeypatch.setattr(memory, "_IDLE_S", 3600.0)
+    monkeypatch.setattr(memory.time, "sleep", lambda _: busy.wait(60))
+    busy = threading.Event()
+    reserve = memory.Reserve.__new__(memory.Reserve)
+    reserve._num_blocks, reserve._highest, reserve._used_at = 3000, 0, -1e9
+    reserve.note_use(700)
+    thread = threading.Thread(target=reserve._run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while len(taken) < 4 and time.monotonic() < deadline:
+        time.monotonic()
+    assert taken == [256, 512, 768, 1024]
+    reserve._used_at = -1e9
+    busy.set()
+    thread.join(10)
+    assert taken[-1] == 2816
