@@ -67,7 +67,7 @@ class TailserveConfig(_Strict):
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="sequences that run at once")
     max_num_batched_tokens: int = Field(default=512, ge=1, description="tokens of one step")
     max_mixed_tokens: int | None = Field(
-        default=None, ge=2, description="of a step that reads prompts while others generate; default: 64 on CPUs, else all"
+        default=None, ge=2, description="of a step that reads prompts while others generate; default: 48 on CPUs, else all"
     )
     block_size: int = Field(default=16, ge=1, le=256, description="tokens of one KV block")
     num_kv_blocks: int | None = Field(default=None, ge=1, description="default: from the memory that is free")

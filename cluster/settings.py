@@ -15,6 +15,8 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Which the line above would turn off, and with it the warnings of ingress and router on the console.
     "RAY_SERVE_LOG_TO_STDERR": "1",
+    # Ten times a second by default, which is a core's twentieth on a small machine. It places, replaces and scales replicas.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # Streams are few and long; threads that spin for more would take them from the model.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
 }

@@ -36,7 +36,7 @@ _FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--max-model-len", {"help": "tokens of prompt and answer (default: the model's own)", "type": int}),
     ("--max-num-seqs", {"help": "sequences that run at once", "type": int}),
     ("--max-num-batched-tokens", {"help": "tokens computed in one step", "type": int}),
-    ("--max-mixed-tokens", {"help": "the same while others generate (default: 64 on CPUs)", "type": int}),
+    ("--max-mixed-tokens", {"help": "the same while others generate (default: 48 on CPUs)", "type": int}),
     ("--gpu-memory-utilization", {"help": "share of a GPU's memory to use, 0 to 1", "type": float}),
     ("--served-model-name", {"help": "the name clients use"}),
     ("--cpu-threads", {"help": "threads of the verifier (default: all cores)", "type": int}),

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.client import RouterClient
+from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.http import create_app
 from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.models import model_name, resolve_model
@@ -64,6 +65,7 @@ class Ingress:
         client = RouterClient(self._calls, submit_timeout_s=parsed.timeouts.submit_s)
         name = parsed.served_model_name or model_name(parsed.model)
         self._service = Service(parsed, text, client, name)
+        keep_collector_out_of_steps()
         self._waiting = asyncio.get_event_loop().create_task(self._wait_for_model())
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -18,6 +18,7 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tailserve.deployments.channel import Channel, serve_channel
+from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.engine.errors import ExecutorLostError
 
 Options = TypeVar("Options")
@@ -49,6 +50,7 @@ class ModelActor(Generic[Options, Info]):
 
     def load(self, options: Options) -> Info:
         info, self._answer = self._thread.submit(self.prepare, options).result()
+        keep_collector_out_of_steps()
         return info
 
     def serve(self, endpoint: str) -> None:

@@ -31,7 +31,7 @@ from tailserve.engine.types import ModelInfo, Request
 logger = logging.getLogger(__name__)
 
 
-_CPU_MIXED_TOKENS = 64
+_CPU_MIXED_TOKENS = 48
 """Where every token costs time. Beside generating sequences prompts are read as fast in small chunks as in large ones, since
 the weights are read for the others anyway."""
 

@@ -23,6 +23,8 @@ CPU_SHARE = 0.25
 """Of the free memory, for KV on a CPU. A draft takes as much of what is left; the rest is for the other processes."""
 
 _BLOCKS_AT_A_TIME = 256
+_AT_ONCE = 2 << 30
+"""Bytes that are there before the first step: blocks for minutes of use, in two to four seconds."""
 _IDLE_S = 0.2
 
 
@@ -81,8 +83,9 @@ class Reserve:
         self._used_at = -math.inf
         self.thread = threading.Thread(target=self._run, name="reserve", daemon=True)
         if sys.platform == "linux":
-            # As much as a few sequences need before the first of them comes.
-            if self._take(0, _BLOCKS_AT_A_TIME):
+            size = sum(array.nbytes for array in arrays)
+            self._begin = min(math.ceil(_AT_ONCE / max(size, 1) * self._num_blocks), self._num_blocks)
+            if self._take(0, self._begin):
                 self.thread.start()
 
     def note_use(self, highest_block: int) -> None:
@@ -92,7 +95,7 @@ class Reserve:
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        for begin in range(_BLOCKS_AT_A_TIME, self._num_blocks, _BLOCKS_AT_A_TIME):
+        for begin in range(self._begin, self._num_blocks, _BLOCKS_AT_A_TIME):
             while begin > self._highest + 2 * _BLOCKS_AT_A_TIME and time.monotonic() - self._used_at < _IDLE_S:
                 time.sleep(_IDLE_S)
             if not self._take(begin, begin + _BLOCKS_AT_A_TIME):

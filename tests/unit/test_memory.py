@@ -34,7 +34,8 @@ def test_blocks_for_all_sequences_or_what_fits_or_one_sequence(
     assert memory.num_kv_blocks(options, torch.device("cpu"), bytes_per_token=100, max_model_len=128) == blocks
 
 
-def test_memory_is_taken_behind_the_back_of_who_uses_it() -> None:
+def test_memory_is_taken_behind_the_back_of_who_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_AT_ONCE", 1 << 20)
     array = memory.untouched_zeros((2, 3000, 4096), np.uint8)
     array[1, 2000:2010] = 7
     before = _resident()
@@ -54,7 +55,7 @@ def test_memory_is_left_alone_while_steps_run_elsewhere_and_taken_where_they_wil
     monkeypatch.setattr(memory.time, "sleep", lambda _: busy.wait(60))
     busy = threading.Event()
     reserve = memory.Reserve.__new__(memory.Reserve)
-    reserve._num_blocks, reserve._highest, reserve._used_at = 3000, 0, -1e9
+    reserve._num_blocks, reserve._highest, reserve._used_at, reserve._begin = 3000, 0, -1e9, 256
     reserve.note_use(700)
     thread = threading.Thread(target=reserve._run, daemon=True)
     thread.start()
