@@ -107,7 +107,7 @@ def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> Decod
     cosines, sines = body.rotary_emb(probe, torch.arange(positions, device=model.device).unsqueeze(0))
 
     def panels(weights: list[torch.Tensor]) -> Panels:
-        return _integer_panels(weights) if int8 else Panels(_panels(weights, pair), np.empty((len(weights), 0), np.float32))
+        return integer_panels(weights) if int8 else Panels(_panels(weights, pair), np.empty((len(weights), 0), np.float32))
 
     head = panels([model.lm_head.weight])
     tied = body.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
@@ -146,7 +146,7 @@ def _panels(weights: list[torch.Tensor], pair: int) -> Array:
     return out
 
 
-def _integer_panels(weights: list[torch.Tensor]) -> Panels:
+def integer_panels(weights: list[torch.Tensor]) -> Panels:
     """Weights [N, K] of each layer as panels of integers, each column by its own largest."""
     scales = [weight.float().abs().amax(1).clamp(min=1e-12) / 127 for weight in weights]
     integers = [

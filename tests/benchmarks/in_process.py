@@ -78,7 +78,9 @@ def own_rates(path: str, quantization: str) -> dict[str, float]:
         for seconds_of in ("warm-up", "measured"):
             engine = models.engine(max_num_seqs=32, max_num_batched_tokens=512, max_mixed_tokens=48)
             for n in range(users):
-                engine.add(make_request(chance.integers(0, 10_000, TOKENS).tolist(), id=f"{seconds_of}{n}", max_tokens=TOKENS))
+                engine.add(
+                    make_request(chance.integers(0, 10_000, TOKENS).tolist(), id=f"{seconds_of}{n}", max_tokens=TOKENS)
+                )
             begin = time.perf_counter()
             run_to_end(engine, max_steps=10_000)
             seconds = time.perf_counter() - begin
@@ -91,7 +93,9 @@ def openvino_rates() -> dict[str, float]:
     if not python.exists():
         return {}
     model = next((PEERS / "openvino" / "model").rglob("SmolLM2*.gguf"))
-    done = subprocess.run([str(python), "-c", OPENVINO, str(model), str(TOKENS)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(python), "-c", OPENVINO, str(model), str(TOKENS)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         print(f"OpenVINO failed: {done.stderr.strip().splitlines()[-1:]}")
         return {}
@@ -114,7 +118,11 @@ def main() -> None:
     # Each in a process of its own: thread teams of one would slow the next.
     for part in ("transformers", "none", "int8"):
         done = subprocess.run(
-            [sys.executable, __file__, "--part", part], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+            [sys.executable, __file__, "--part", part],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=True,
         )
         rates |= json.loads(done.stdout.splitlines()[-1])
     rates |= openvino_rates()
