@@ -4,7 +4,7 @@ Run: tests/benchmarks/install_peers vllm, then
      python tests/benchmarks/against_vllm.py [--rounds 3] [--json FILE] [--flags "--speculation off"]
 
 128 random tokens in, 128 out, greedy, end of sequence ignored, speculation off. While one server is measured the other's
-processes are stopped. Figures are medians over the rounds of each round's own percentile; ratios are medians of each round's own ratio.
+processes are stopped. Figures are medians over the rounds of each round's own percentile; ratios are taken in each round.
 """
 
 from __future__ import annotations
