@@ -23,8 +23,8 @@ CPU_SHARE = 0.25
 """Of the free memory, for KV on a CPU. A draft takes as much of what is left; the rest is for the other processes."""
 
 _BLOCKS_AT_A_TIME = 256
-_AT_ONCE = 2 << 30
-"""Bytes that are there before the first step: blocks for minutes of use, in two to four seconds."""
+_AT_ONCE = 1 << 30
+"""Bytes that are there before the first step: blocks for tens of thousands of tokens, in a second or two."""
 _IDLE_S = 0.2
 
 
