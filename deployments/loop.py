@@ -26,7 +26,7 @@ Publish = Callable[[Mapping[str, list[TokenChunk]], EngineGauges], None]
 class EngineLoop:
     """Runs an engine in a thread of its own. The other methods may be called from any thread.
 
-    Requests and aborts wait in an inbox until the step under way has ended.
+    Requests and aborts wait in an inbox until the next step is scheduled, or the one under way has ended.
     """
 
     def __init__(self, engine: Engine, classes: tuple[SloClass, ...], publish: Publish) -> None:

@@ -58,7 +58,7 @@ class Outboxes:
             box.unread_since = self._loop.time()
 
     def publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: EngineGauges) -> None:
-        """Called by the engine's thread once per step: encodes each ingress's message once, and hops threads once."""
+        """Called by the engine's thread with what a step made: one message for each ingress, and one hop between threads."""
         messages = [
             (ingress, self._encoder.encode(StepMessage(chunks, load)), sum(c.finish_reason is not None for c in chunks))
             for ingress, chunks in by_ingress.items()

@@ -17,8 +17,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     """Tokens of one step: prompt chunks, single tokens and draft tokens together."""
     max_mixed_tokens: int = 512
-    """Tokens of a step in which some generate and prompts are read, so that a long prompt does not hold them up. Prompts get
-    half of them at least."""
+    """Tokens, drafts aside, of a step in which some generate and prompts are read: a long prompt shall not hold them up.
+    Prompts get half of them at least."""
     max_model_len: int
     """Prompt and answer together."""
     num_blocks: int

@@ -48,7 +48,7 @@ class Executor(Protocol):
 
 
 class Engine:
-    """Requests in, tokens out, one step at a time. Not thread-safe: one thread calls everything."""
+    """Requests in, tokens out. Not thread-safe: one thread calls everything."""
 
     def __init__(
         self,

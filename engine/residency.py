@@ -65,15 +65,21 @@ class Residency:
         self.pool.forget()
 
     def yield_slots(self) -> None:
-        """Running sequences of lower classes give their slots to waiting ones of higher classes."""
-        free = self.config.max_num_seqs - len(self.running)
+        """Running sequences of lower classes give their slots to waiting ones of higher classes.
+
+        Those that end with the steps under way are left alone: their slots are free before others could be made so.
+        """
+        if not self.waiting:
+            return
+        staying = [seq for seq in self.running if seq.num_pending]
+        free = self.config.max_num_seqs - len(staying)
         for claims in range(len(self.waiting)):
             if claims < free:
                 continue
             # A victim lands behind its claimant, whose class is higher, so the claims counted so far stay in front.
-            if not self.running or not _outranks(self.waiting[claims], self.running[-1]):
+            if not staying or not _outranks(self.waiting[claims], staying[-1]):
                 break
-            self.preempt(self.running[-1])
+            self.preempt(staying.pop())
             free += 1
 
     def admit(self, seq: Sequence) -> bool:

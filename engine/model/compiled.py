@@ -53,7 +53,11 @@ def wants_compiled(model: PreTrainedModel, options: LoadOptions) -> bool:
     wanted, int8 = options.attention_backend, options.quantization == "int8"
     if int8 and not HAS_INT8_DOT:
         raise ConfigError("quantization='int8' needs a CPU with AVX512-VNNI: use none", param="quantization")
-    if wanted not in ("auto", "compiled") and not int8:
+    if int8 and wanted not in ("auto", "compiled"):
+        raise ConfigError(
+            f"quantization='int8' does not go with attention_backend={wanted!r}: use auto", param="quantization"
+        )
+    if wanted not in ("auto", "compiled"):
         return False
     if can_compile(model, options.block_size):
         return True
@@ -86,6 +90,8 @@ def compile_model(model: PreTrainedModel, settings: DecoderSettings, expected: l
             raise
         logger.info("the compiled decoder does not fit this model, so transformers' own modules run it: %s", error.message)
         return None
+    # The only other code that a step runs.
+    paged.pick(torch.zeros(1, 64), [1.0], noise_keys([0], [0]))
     _mark(model.dtype, settings.int8).touch()
     # The compiled code has threads of its own, and two teams would take the cores from each other.
     torch.set_num_threads(1)
@@ -118,9 +124,7 @@ def fill_cache(dtype: torch.dtype, *, int8: bool) -> None:
             LlamaForCausalLM(config).save_pretrained(folder)
             model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
         model.requires_grad_(False)
-        decoder = compile_model(model, DecoderSettings(8, PAGE, 64, 1, int8), eager_logits(model))
-        assert decoder is not None
-        decoder.pick(torch.zeros(1, 64), [1.0], noise_keys([0], [0]))
+        compile_model(model, DecoderSettings(8, PAGE, 64, 1, int8), eager_logits(model))
 
 
 if __name__ == "__main__":

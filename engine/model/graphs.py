@@ -41,12 +41,15 @@ class GraphedModel(TransformersModel):
     @torch.inference_mode()
     def prepare(self) -> None:
         """Captures all sizes. A model that cannot be captured is launched kernel by kernel, and a warning says so."""
+        before = torch.cuda.current_stream()
         try:
             pool = torch.cuda.graph_pool_handle()
             for size in reversed(SIZES):
                 self._graphs[size] = self._capture(size, pool)
         except RuntimeError as error:
             self._graphs.clear()
+            # A capture that fails does not always leave its own stream.
+            torch.cuda.set_stream(before)
             logger.warning("this model cannot be captured as a CUDA graph, so its steps take longer: %s", error)
 
     def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from tailserve.engine.model.attention import AttentionBackend, KVCache
 from tailserve.engine.model.compiled import DecoderSettings, compile_model, is_cached, wants_compiled
 from tailserve.engine.model.cpu import CpuBackend
 from tailserve.engine.model.linear import prepack
-from tailserve.engine.model.memory import num_kv_blocks
+from tailserve.engine.model.memory import free_host_memory, num_kv_blocks
 from tailserve.engine.model.paged import PagedModel, TransformersModel
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.selfcheck import check_packed, eager_logits
@@ -50,13 +50,20 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     settings = DecoderSettings.of(options, num_blocks, max_model_len)
     wanted = wants_compiled(model, options)
     paged: PagedModel | None = None
-    if wanted and (is_cached(dtype, settings.int8) or options.attention_backend == "compiled" or settings.int8):
+    kv_bytes = num_blocks * options.block_size * per_token
+    weight_bytes = sum(weight.nbytes for weight in model.parameters())
+    # The change needs the weights twice more, and the keys and values once.
+    at_once = options.attention_backend == "compiled" or settings.int8 or is_cached(dtype, settings.int8)
+    if wanted and (at_once or free_host_memory() < 2 * weight_bytes + kv_bytes):
         paged = compile_model(model, settings, expected)
         wanted = False
     if paged is None:
         plain = _interpreted(model, options, num_blocks, max_model_len)
         check_packed(plain, model, expected)
         plain.prepare()
+        if plain.backend == "cuda":
+            # Short batches run as graphs from now on.
+            check_packed(plain, model, expected)
         paged = plain
         if wanted:
             paged = UpgradingModel(plain, settings, lambda: (read_model(options, dtype, device), expected))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -20,7 +21,7 @@ import torch
 from tailserve.engine.options import LoadOptions
 
 CPU_SHARE = 0.25
-"""Of the free memory, for KV on a CPU. A draft takes as much of what is left; the rest is for the other processes."""
+"""Of the free memory, for KV on a CPU. A draft model takes as much again; the rest is for the other processes."""
 
 _BLOCKS_AT_A_TIME = 256
 _AT_ONCE = 1 << 30
@@ -63,7 +64,8 @@ def untouched_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray
     # Private: what processes could share comes in small pages, and every block would miss the translation cache.
     memory = mmap.mmap(-1, size) if sys.platform == "win32" else mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype).reshape(shape)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import llvmlite.binding
 import numba
 from llvmlite import ir
 from numba import types
@@ -30,18 +31,15 @@ from tailserve.engine.model.llvm import call, pointer
 # Numba's cache looks at the file of a function, not at the files of those it calls: compiled code would outlive a change of
 # them. So each state of these sources has a cache of its own, and so has a process that may not use what its CPU can.
 def _cache_folder() -> Path:
-    """Beside the sources, so that an image can ship it; in the user's cache where those are not to be written to."""
+    """Beside the sources; in the user's cache where those are not to be written to."""
     beside = Path(__file__).parent
     return beside / "__pycache__" if os.access(beside, os.W_OK) else Path.home() / ".cache" / "tailserve"
 
 
 _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-_instructions = "-".join(
-    name
-    for name in ("amx", "bf16", "avx512")
-    if {"amx": HAS_AMX, "bf16": avx512.HAS_BF16_DOT, "avx512": avx512.HAS_AVX512}[name]
-)
-numba.config.CACHE_DIR = str(_cache_folder() / f"numba-{_sources.hexdigest()[:16]}-{_instructions}")  # type: ignore[attr-defined]
+_used = [name for name, has in (("amx", HAS_AMX), ("bf16", avx512.HAS_BF16_DOT), ("avx512", avx512.HAS_AVX512)) if has]
+_machine = "-".join([numba.__version__, llvmlite.binding.get_host_cpu_name(), *_used])
+numba.config.CACHE_DIR = str(_cache_folder() / f"numba-{_sources.hexdigest()[:16]}-{_machine}")  # type: ignore[attr-defined]
 
 Kind = Literal["float32", "bfloat16"]
 

@@ -52,9 +52,10 @@ def check_packed(
     tables[1] = list(range(len(tables[0]), len(tables[0]) - (-len(long) // size)))
     cut = len(long) // 2
     with _short_windows(model, paged):
-        first = paged.forward([Span(short, 0, tables[0], len(short)), Span(long[:cut], 0, tables[1], cut)])
+        # Logits may be valid until the next call only.
+        first = paged.forward([Span(short, 0, tables[0], len(short)), Span(long[:cut], 0, tables[1], cut)]).clone()
         # The last three tokens arrive as a draft would: several queries behind a cached context.
-        middle = paged.forward([Span(long[cut:-3], cut, tables[1], len(long) - cut - 3)])
+        middle = paged.forward([Span(long[cut:-3], cut, tables[1], len(long) - cut - 3)]).clone()
         last = paged.forward([Span(long[-3:], len(long) - 3, tables[1], 3)])
     actual = [first[: len(short)], torch.cat([first[len(short) :], middle, last])]
     tolerance = _QUANTIZED_TOLERANCE if quantized else _TOLERANCE[model.dtype]

@@ -7,6 +7,8 @@ Fixed shares would wait for the thread that another process has pushed off its c
 
 from __future__ import annotations
 
+import platform
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -39,9 +41,11 @@ def prefetch(context, address):
 
 @intrinsic
 def cycles(context):
-    """The CPU's clock: ticks at a constant rate since some time."""
+    """The CPU's clock: ticks at a constant rate since some time. 0 where programs may not read it (ARM)."""
 
     def codegen(own, builder, signature, args):
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return ir.Constant(ir.IntType(64), 0)
         return call(builder, "llvm.readcyclecounter", ir.IntType(64))
 
     return types.int64(), codegen

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
+import numba
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -77,6 +78,10 @@ class UpgradingModel:
             kind = str(model.dtype).removeprefix("torch.")
             command = [sys.executable, "-m", "tailserve.engine.model.compiled", kind, "int8" if settings.int8 else "none"]
             subprocess.run(command, check=True, capture_output=True)
+            if numba.threading_layer() == "workqueue":  # type: ignore[attr-defined]
+                # The only one that two threads cannot use at once: the check of the new decoder would end the process.
+                logger.info("the compiled decoder serves from the next start on; with libgomp installed it could at once")
+                return
             self._ready = compile_model(model, settings, expected)
         except subprocess.CalledProcessError as error:
             logger.warning("compiling failed, so transformers' own modules go on: %s", error.stderr.decode()[-2000:])

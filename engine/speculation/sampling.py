@@ -135,7 +135,7 @@ def pick(logits: torch.Tensor, temperatures: Sequence[float], keys: npt.NDArray[
     random = [row for row, temperature in enumerate(temperatures) if temperature > 0]
     tokens = logits.argmax(-1)
     if random:
-        scale = torch.tensor([temperatures[row] for row in random], device=logits.device).unsqueeze(-1)
+        scale = torch.tensor([temperatures[row] for row in random], dtype=torch.float32, device=logits.device).unsqueeze(-1)
         noise = exponentials(keys[random], logits.shape[-1], logits.device)
         tokens[random] = (logits[random] / scale - noise.log_()).argmax(-1)
     return tokens

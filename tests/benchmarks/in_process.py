@@ -84,7 +84,7 @@ def own_rates(path: str, quantization: str) -> dict[str, float]:
             begin = time.perf_counter()
             run_to_end(engine, max_steps=10_000)
             seconds = time.perf_counter() - begin
-        rates[f"our engine, {quantization or 'bfloat16'}, c={users}"] = users * TOKENS / seconds
+        rates[f"our engine, {'bfloat16' if quantization == 'none' else quantization}, c={users}"] = users * TOKENS / seconds
     return rates
 
 

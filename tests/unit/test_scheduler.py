@@ -334,3 +334,21 @@ def test_prompt_chunks_are_short_while_others_generate() -> None:
     engine.add(make_request(list(range(1, 40)), max_tokens=1))
     run_to_end(engine)
     assert executor.batches[count].lengths == [32]
+
+
+def test_a_sequence_that_is_about_to_end_is_not_displaced() -> None:
+    engine, executor, clock = make_engine(max_num_seqs=1)
+    executor.seconds = 1.0
+    normal = make_request([1, 2, 3], max_tokens=3)
+    engine.add(normal)
+    answers = Answers()
+    answers.take(engine.step() + engine.step())
+    assert engine.step() == []
+    urgent = make_request([4, 5], max_tokens=2, slo_class="critical")
+    engine.add(urgent)
+    clock.now += 0.999
+    while engine.has_work:
+        answers.take(engine.step())
+        clock.now += 1.0
+    assert answers.tokens == {r.id: expected_answer(r.prompt_token_ids, r.sampling.max_tokens) for r in (normal, urgent)}
+    assert engine.stats.preemptions == 0
