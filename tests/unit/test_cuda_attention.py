@@ -99,6 +99,7 @@ class OnCpu(GraphedModel):
 def test_a_graph_filled_up_to_its_size_equals_the_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_model(LlamaConfig(**TINY), tmp_path)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     plain, _ = load_model(
         LoadOptions(path=path, dtype="float32", attention_backend="reference", block_size=8, num_blocks=64)
     )
