@@ -88,7 +88,7 @@ class Models:
         return LocalDrafter(ModelDrafter(model, max_num_batched_tokens=64, max_model_len=info.max_model_len))
 
     def _load(self, **more: object) -> tuple[PagedModel, ModelInfo]:
-        return load_model(LoadOptions(path=self.path, dtype="float32", **(self.options | more)))  # type: ignore[arg-type]
+        return load_model(LoadOptions(path=self.path, **({"dtype": "float32"} | self.options | more)))  # type: ignore[arg-type]
 
 
 def prompts(count: int, vocab: int, *, longest: int = 60) -> Iterator[list[int]]:
