@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.types import SloClass
+
+Speculation = Literal["auto", "off"] | Annotated[int, Field(ge=1, le=32)]
 
 
 class _Strict(BaseModel):
@@ -25,10 +27,11 @@ class SloClassConfig(_Strict):
     tpot_s: float = Field(gt=0, description="target for the time per output token, seconds")
     max_tokens: int = Field(default=4096, ge=1, description="most output tokens of one request")
     max_queued: int = Field(default=1024, ge=0, description="requests that may wait for a first slot before 429")
-    speculate: bool = True
+    speculation: Speculation | None = Field(default=None, description="default: that of the whole deployment")
 
-    def to_engine(self) -> SloClass:
-        return SloClass(**self.model_dump())
+    def to_engine(self, speculation: Speculation) -> SloClass:
+        """`speculation`: of the deployment."""
+        return SloClass(**(self.model_dump() | {"speculation": self.speculation or speculation}))
 
 
 class Resources(_Strict):
@@ -74,8 +77,19 @@ class TailserveConfig(_Strict):
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     cpu_threads: int | None = Field(default=None, ge=1, description="threads of the verifier; default: all cores")
     enable_prefix_caching: bool = True
-    draft_model: str = Field(default="ngram", description="ngram, none, or a directory or hub name")
-    speculation: Literal["auto", "off"] | int = Field(default="auto", description="draft tokens per step; auto: 4")
+    draft_model: str = Field(
+        default="ngram", description="ngram, none, or a directory or hub name: of a model, or of what distill made"
+    )
+    speculation: Speculation = Field(default="auto", description="draft tokens per step; auto: as many as pay")
+    pre_speculation: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64)] = Field(
+        default="auto",
+        description="outcomes of a step, per sequence, that a draft model prepares for meanwhile; auto: 8 if it has a GPU",
+    )
+    verification: Literal["one_hot", "token", "block"] = Field(
+        default="one_hot",
+        description="of drafts above temperature 0. one_hot: answers do not depend on the draft; token, block: drafts are "
+        "drawn by chance, and answers have the same distribution",
+    )
     draft_noise: float = Field(default=0.0, ge=0, description="noise on a draft model's weights, for tests")
     slo_classes: tuple[SloClassConfig, ...] = (
         SloClassConfig(name="critical", priority=0, ttft_s=0.5, tpot_s=0.04),
@@ -107,19 +121,22 @@ class TailserveConfig(_Strict):
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs ({self.max_num_seqs}): every "
                 "running sequence needs a token per step; raise the former or lower the latter"
             )
-        if isinstance(self.speculation, int) and not 0 <= self.speculation <= 32:
-            raise ValueError(f"speculation is {self.speculation}: use auto, off, or 1 to 32 draft tokens")
         return self
 
     @property
-    def num_speculative_tokens(self) -> int:
-        """Draft tokens per sequence and step; 0 when speculation is off."""
-        if self.draft_model == "none" or self.speculation == "off":
-            return 0
-        return 4 if self.speculation == "auto" else self.speculation
+    def drafts(self) -> bool:
+        """Whether an instance has a draft."""
+        return self.draft_model != "none" and any(slo.speculation != "off" for slo in self.classes())
+
+    @property
+    def num_outcomes(self) -> int:
+        """Outcomes that a draft model prepares for; on the verifier's own device it would only be in the way."""
+        if self.pre_speculation == "auto":
+            return 8 if self.resources.draft_gpus > 0 and self.resources.verifier_gpus > 0 else 0
+        return 0 if self.pre_speculation == "off" else self.pre_speculation
 
     def classes(self) -> tuple[SloClass, ...]:
-        return tuple(slo.to_engine() for slo in self.slo_classes)
+        return tuple(slo.to_engine(self.speculation) for slo in self.slo_classes)
 
 
 def parse_config(data: dict[str, Any]) -> TailserveConfig:

@@ -16,7 +16,7 @@ def bundles(config: TailserveConfig) -> list[dict[str, float]]:
         _bundle(wanted.router_cpus, 0),
         _bundle(wanted.verifier_cpus, wanted.verifier_gpus),
     ]
-    if config.num_speculative_tokens:
+    if config.drafts:
         result.append(_bundle(wanted.draft_cpus, wanted.draft_gpus))
     return result
 

@@ -17,6 +17,7 @@ from typing import Any
 from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
 from tailserve.cluster.settings import prepare_serve, settings
+from tailserve.deployments import distill
 from tailserve.deployments.bench import command as bench
 from tailserve.engine.errors import ConfigError, TailserveError
 
@@ -28,7 +29,7 @@ _FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--dtype", {"help": "auto, bfloat16, float16 or float32 (default: the checkpoint's own)"}),
     ("--quantization", {"help": "none, or int8: faster on CPUs, and not quite the same answers"}),
     ("--device", {"help": "auto, cpu or cuda"}),
-    ("--draft-model", {"help": "ngram, none, or a directory or hub name of a model of the same vocabulary"}),
+    ("--draft-model", {"help": "ngram, none, or a directory or hub name: of a small model, or of what distill made"}),
     (
         "--speculation",
         {"help": "auto, off, or the number of draft tokens per step", "type": lambda v: int(v) if v.isdigit() else v},
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, options in _FLAGS:
         serve.add_argument(flag, default=argparse.SUPPRESS, **options)
     bench.add_arguments(commands.add_parser("bench", help="measure any OpenAI-compatible server under load"))
+    distill.add_arguments(commands.add_parser("distill", help="make a draft for a model out of the model itself"))
     return parser
 
 
@@ -96,11 +98,11 @@ def resolve_config(args: argparse.Namespace) -> TailserveConfig:
 def _serve(args: argparse.Namespace) -> int:
     config = resolve_config(args)
     # Ray and Serve take their time to import: after the arguments are known to be right.
+    from tailserve.deployments.draft_kinds import find_draft
     from tailserve.deployments.models import resolve_model
 
     resolve_model(config.model)
-    if config.num_speculative_tokens and config.draft_model != "ngram":
-        resolve_model(config.draft_model)
+    find_draft(config)
 
     prepare_serve()
     import ray

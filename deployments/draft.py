@@ -11,15 +11,16 @@ from typing import Any
 
 import msgspec
 
-from tailserve.deployments.channel import Channel
+from tailserve.deployments.channel import Channel, Inlet
 from tailserve.deployments.process import ModelActor, ModelProcess
-from tailserve.engine.errors import ConfigError
 from tailserve.engine.options import LoadOptions
-from tailserve.engine.speculation.drafter import DraftResult, DraftWork
+from tailserve.engine.speculation.drafter import DraftResult, DraftWork, StateMessage
 from tailserve.engine.speculation.ngram import NgramDrafter
 
 logger = logging.getLogger(__name__)
 
+STATES_TIMEOUT_S = 0.01
+"""How long a draft waits for states that have been sent."""
 RETRY_S = 5.0
 """Pause between attempts to bring a draft back."""
 
@@ -27,10 +28,19 @@ RETRY_S = 5.0
 class DraftOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What kind of draft to run."""
 
+    kind: str = "ngram"
+    """ngram; model: a causal language model of the verifier's vocabulary; eagle: a head that reads the verifier's states,
+    beside n-grams."""
     load: LoadOptions | None = None
-    """`LoadOptions` of a draft model; None looks n-grams up."""
+    """How to load the model; for a head, how the verifier is loaded."""
+    folder: str = ""
+    """Of the head."""
+    states_endpoint: str = ""
+    """Where the verifier's states come in."""
+    verifier: str = ""
+    """Directory of the verifier, whose vocabulary a model may not share."""
     max_num_batched_tokens: int = 512
-    verifier_vocab_size: int = 0
+    verifier_num_blocks: int = 0
 
 
 class DraftActor(ModelActor[DraftOptions, None]):
@@ -39,24 +49,33 @@ class DraftActor(ModelActor[DraftOptions, None]):
     incoming = DraftWork
 
     def prepare(self, options: DraftOptions) -> tuple[None, Callable[[DraftWork], DraftResult]]:
-        """Loads the draft model, if it is one. ConfigError if its vocabulary is not the verifier's."""
-        if options.load is None:
+        """Loads what the draft is made of. ConfigError if it does not fit the verifier."""
+        if options.kind == "ngram":
             return None, NgramDrafter().run
+        assert options.load is not None
         # The router that defines this actor imports no torch.
-        from tailserve.engine.model.draft import ModelDrafter
-        from tailserve.engine.model.loading import load_model
+        if options.kind == "model":
+            from tailserve.engine.model.draft import load_drafter
 
-        model, info = load_model(options.load)
-        if info.vocab_size != options.verifier_vocab_size:
-            raise ConfigError(
-                f"the draft model has {info.vocab_size} tokens, the verifier {options.verifier_vocab_size}: use a draft of "
-                "the same vocabulary, or ngram",
-                param="draft_model",
+            drafter = load_drafter(
+                options.load, verifier=options.verifier, max_num_batched_tokens=options.max_num_batched_tokens
             )
-        drafter = ModelDrafter(
-            model, max_num_batched_tokens=options.max_num_batched_tokens, max_model_len=info.max_model_len
-        )
-        return None, drafter.run
+            return None, drafter.run
+        from tailserve.engine.model.combined_drafter import CombinedDrafter
+        from tailserve.engine.model.eagle_loading import load_eagle_drafter
+
+        head = load_eagle_drafter(Path(options.folder), options.load, num_blocks=options.verifier_num_blocks)
+        combined = CombinedDrafter(NgramDrafter(), head)
+        inlet = self.inlet = Inlet(options.states_endpoint, StateMessage, combined.take)
+
+        def answer(work: DraftWork) -> DraftResult:
+            # The states left before the word that they are there, but on another socket.
+            while work.states and work.rows and head.last_step < work.step:
+                if inlet.take(STATES_TIMEOUT_S) is None:
+                    break
+            return combined.run(work)
+
+        return None, answer
 
 
 class DraftLink:
@@ -103,7 +122,7 @@ class DraftLink:
         self._asked_at = time.monotonic()
         return True
 
-    def receive(self, step: int, timeout_s: float) -> DraftResult | None:
+    def receive(self, number: int, timeout_s: float) -> DraftResult | None:
         deadline = time.monotonic() + timeout_s
         while (channel := self._live_channel()) is not None:
             result: DraftResult | None = channel.receive(max(deadline - time.monotonic(), 0.0))
@@ -111,7 +130,7 @@ class DraftLink:
                 if time.monotonic() - self._asked_at > self._hang_s:
                     self._go_down("hangs")
                 return None
-            if result.step == step:
+            if result.number == number:
                 return result
         return None
 

@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from tailserve.deployments.channel import Channel, serve_channel
+from tailserve.deployments.channel import Channel, Inlet, serve_channel
 from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.engine.errors import ExecutorLostError
 
@@ -43,6 +43,8 @@ class ModelActor(Generic[Options, Info]):
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.inlet: Inlet[Any] | None = None
+        """A second connection to listen to; `prepare` opens it."""
 
     def prepare(self, options: Options) -> tuple[Info, Callable[[Any], Any]]:
         """Loads what `options` say; what the router is told of it, and the function that answers messages."""
@@ -57,7 +59,12 @@ class ModelActor(Generic[Options, Info]):
         """Answers messages for good: Ray ends the actor with its router. Without a raylet it ends by itself."""
         raylet = os.getppid()
         self._thread.submit(
-            serve_channel, endpoint, self.incoming, self._answer, alive=lambda: os.getppid() == raylet
+            serve_channel,
+            endpoint,
+            self.incoming,
+            self._answer,
+            alive=lambda: os.getppid() == raylet,
+            inlet=self.inlet,
         ).result()
 
     def pid(self) -> int:

@@ -17,6 +17,7 @@ from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.draft import DraftLink, DraftOptions
+from tailserve.deployments.draft_kinds import plan_draft
 from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.loop import EngineLoop
 from tailserve.deployments.models import resolve_model
@@ -60,8 +61,9 @@ class Router:
     def _start(self) -> None:
         config = self._config
         options = load_options(config)
+        plan = plan_draft(config, options, str(self._directory))
         self._executor = VerifierExecutor(
-            options,
+            plan.verifier,
             directory=self._directory,
             bundle_index=placement.VERIFIER_BUNDLE,
             actor_options=placement.verifier_actor_options(config),
@@ -70,27 +72,20 @@ class Router:
         )
         self._info = self._executor.start()
         # A restarted verifier must have the blocks that the scheduler counts on.
-        self._executor.process.load_options = msgspec.structs.replace(options, num_blocks=self._info.num_blocks)
-        self._draft = self._start_draft(options)
+        self._executor.process.load_options = msgspec.structs.replace(
+            plan.verifier, load=msgspec.structs.replace(options, num_blocks=self._info.num_blocks)
+        )
+        self._draft = None if plan.draft is None else self._start_draft(plan.draft)
         engine_config = engine_settings(config, self._info)
+        if plan.draft is None or plan.draft.kind != "model":
+            engine_config = msgspec.structs.replace(engine_config, num_outcomes=0)
         self._engine = Engine(engine_config, self._executor, self._draft)
         self._loop = EngineLoop(self._engine, engine_config.classes, self._outboxes.publish)
 
-    def _start_draft(self, options: LoadOptions) -> DraftLink | None:
+    def _start_draft(self, options: DraftOptions) -> DraftLink:
         config = self._config
-        if not config.num_speculative_tokens:
-            return None
-        load = None
-        if config.draft_model != "ngram":
-            load = msgspec.structs.replace(
-                options, path=str(resolve_model(config.draft_model)), noise=config.draft_noise, num_blocks=None
-            )
         link = DraftLink(
-            DraftOptions(
-                load=load,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                verifier_vocab_size=self._info.vocab_size,
-            ),
+            msgspec.structs.replace(options, verifier_num_blocks=self._info.num_blocks),
             directory=self._directory,
             bundle_index=placement.DRAFT_BUNDLE,
             actor_options=placement.draft_actor_options(config),
@@ -208,7 +203,9 @@ def engine_settings(config: TailserveConfig, info: ModelInfo) -> EngineConfig:
         num_blocks=info.num_blocks,
         block_size=info.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
-        num_speculative_tokens=config.num_speculative_tokens,
+        step_profile=info.step_profile,
+        num_outcomes=config.num_outcomes,
+        sampled_drafts=config.verification != "one_hot",
         draft_timeout_s=config.timeouts.draft_s,
     )
 

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import ray
 
+from tailserve.deployments.channel import Outlet
 from tailserve.deployments.process import ModelActor, ModelProcess
 from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.options import LoadOptions
+from tailserve.engine.speculation.drafter import StateMessage
 from tailserve.engine.types import Batch, ModelInfo, StepResult
 
 logger = logging.getLogger(__name__)
@@ -22,19 +25,37 @@ POLL_S = 0.05
 """How soon a verifier's death is noticed while its answer is awaited."""
 
 
-class VerifierActor(ModelActor[LoadOptions, ModelInfo]):
+class VerifierOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What the verifier process runs."""
+
+    load: LoadOptions
+    feature_layers: tuple[int, ...] = ()
+    """Layers whose hidden states the draft reads."""
+    states_endpoint: str = ""
+    """Where they go."""
+    block_verification: bool = False
+    """Of drafts that were drawn by chance."""
+
+
+class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
     """Loads the model and runs batches. Lives in a process, and on a GPU, of its own."""
 
     incoming = Batch
 
-    def prepare(self, options: LoadOptions) -> tuple[ModelInfo, Callable[[Batch], StepResult]]:
+    def prepare(self, options: VerifierOptions) -> tuple[ModelInfo, Callable[[Batch], StepResult]]:
         """Loads the model and says what the scheduler needs to know of it. Raises what `load_model` raises."""
         # The router that defines this actor imports no torch.
         from tailserve.engine.model.loading import load_model
+        from tailserve.engine.model.profile import profile_steps
         from tailserve.engine.model.runner import ModelRunner
 
-        model, info = load_model(options)
-        return info, ModelRunner(model).run
+        model, info = load_model(options.load)
+        publish = None
+        if options.feature_layers:
+            model.tap(options.feature_layers)
+            publish = Outlet[StateMessage](options.states_endpoint).send
+        info = msgspec.structs.replace(info, step_profile=profile_steps(model))
+        return info, ModelRunner(model, publish, block_verification=options.block_verification).run
 
 
 class VerifierExecutor:
@@ -42,7 +63,7 @@ class VerifierExecutor:
 
     def __init__(
         self,
-        load_options: LoadOptions,
+        options: VerifierOptions,
         *,
         directory: Path,
         bundle_index: int = 1,
@@ -54,7 +75,7 @@ class VerifierExecutor:
         self.process: ModelProcess[Batch, StepResult] = ModelProcess(
             "verifier",
             VerifierActor,
-            load_options=load_options,
+            load_options=options,
             incoming=StepResult,
             directory=directory,
             bundle_index=bundle_index,

@@ -24,8 +24,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int = 16
     enable_prefix_caching: bool = True
-    num_speculative_tokens: int = 0
-    """Draft tokens per sequence and step; 0 turns speculation off."""
+    step_profile: tuple[tuple[int, float], ...] = ()
+    """Tokens and seconds of steps, as measured before there was traffic."""
+    sampled_drafts: bool = False
+    """Above temperature 0, drafts are drawn by chance instead of taking the most likely tokens: more of them are accepted,
+    but the answer to a seed then depends on the draft."""
+    num_outcomes: int = 0
+    """Outcomes of a step, per sequence, that the draft prepares for while the verifier works; 0 lets it wait."""
     draft_timeout_s: float = 0.05
     """How long a step may wait for the draft. Late drafts are dropped."""
 

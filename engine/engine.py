@@ -7,14 +7,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import StepTimes, count_tokens
 from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.scheduler import Scheduler
-from tailserve.engine.speculation.coordinator import DraftCoordinator
+from tailserve.engine.speculation.coordinator import DraftCoordinator, draft_limit
 from tailserve.engine.speculation.drafter import Drafter
+from tailserve.engine.speculation.policy import DraftPolicy
+from tailserve.engine.speculation.selection import DraftSelection
 from tailserve.engine.stats import EngineGauges, EngineStats
 from tailserve.engine.types import Batch, Request, StepResult, TokenChunk
 
@@ -25,6 +27,17 @@ LEAD_S = 0.002
 """How long before a step's expected end the next is scheduled: what the router needs for it on a busy machine."""
 MAX_LOSSES = 3
 """Losses of the executor with no step completed between them, after which its requests end: one of them may be the cause."""
+
+
+class _UnderWay(NamedTuple):
+    """What is remembered of a submitted step."""
+
+    num_tokens: int
+    num_sequences: int
+    only_generates: bool
+    drafted: bool
+    """Drafts were asked for, whether or not there were any."""
+    has_drafts: bool
 
 
 class Executor(Protocol):
@@ -59,24 +72,30 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = EngineStats()
-        self.scheduler = Scheduler(config, self.stats)
+        self._times = StepTimes(config.step_profile)
+        self._policy = DraftPolicy(self._times)
+        self.scheduler = Scheduler(config, self.stats, DraftSelection(self._policy, self.stats))
         self._executor = executor
         self._clock = clock
         self._losses = 0
-        self._under_way: deque[int] = deque()
-        """Token counts of the submitted steps, oldest first."""
-        self._times = StepTimes()
+        self._under_way: deque[_UnderWay] = deque()
+        """The submitted steps, oldest first."""
+        self._committed_at: float | None = None
+        """When the step before those under way was; None if there was a pause."""
         self._due = 0.0
         """When the step behind the one that runs is to be scheduled."""
         self.broken = False
         """The executor could not be restarted at the last attempt."""
         self.drafts: DraftCoordinator | None = None
-        if drafter is not None and config.num_speculative_tokens > 0:
+        if drafter is not None and any(draft_limit(slo.speculation) for slo in config.classes):
             self.drafts = DraftCoordinator(
-                drafter, num_tokens=config.num_speculative_tokens, timeout_s=config.draft_timeout_s, stats=self.stats
+                drafter,
+                self._policy,
+                sampled=config.sampled_drafts,
+                num_outcomes=config.num_outcomes,
+                timeout_s=config.draft_timeout_s,
+                stats=self.stats,
             )
-        # Behind a step with drafts nothing can be scheduled.
-        self._depth = 1 if self.drafts else 2
 
     @property
     def has_work(self) -> bool:
@@ -107,6 +126,7 @@ class Engine:
             if not self._under_way or (len(self._under_way) < self._depth and self._clock() >= self._due):
                 self._schedule()
             if not self._under_way:
+                self._committed_at = None
                 return self.scheduler.take_ended()
             result = self._executor.poll(self._time_to_spare())
         except ExecutorLostError as error:
@@ -114,27 +134,53 @@ class Engine:
         if result is None:
             return self.scheduler.take_ended()
         self._losses = 0
-        self._times.observe(self._under_way.popleft(), result.duration_s)
+        done = self._under_way.popleft()
+        self._times.observe(done.num_tokens, result.duration_s)
         self._expect_end()
         chunks = self.scheduler.commit(result)
-        if self.drafts:
-            self.drafts.start(result.step, self.scheduler.residency.running)
+        self._note_step(done, result)
+        if self.drafts and not self._under_way:
+            self.drafts.start(result.step, self.scheduler.residency.running, states=done.drafted)
         return chunks
 
+    @property
+    def _depth(self) -> int:
+        """Steps at the verifier. Behind one with drafts nothing can be scheduled."""
+        if self.drafts is None:
+            return 2
+        # What is wanted now need not be what was wanted when that step was scheduled.
+        behind_drafts = any(step.has_drafts for step in self._under_way)
+        return 1 if behind_drafts or self.drafts.wanted(self.scheduler.residency.running) else 2
+
+    def _note_step(self, done: _UnderWay, result: StepResult) -> None:
+        """What a step that only generates says of drafting."""
+        now, before = self._clock(), self._committed_at
+        self._committed_at = now
+        if done.only_generates and before is not None and now > before:
+            made = sum(map(len, result.token_ids))
+            self._policy.note_step(done.num_sequences, made, now - before, result.duration_s, drafted=done.drafted)
+
     def _schedule(self) -> None:
-        drafts = self.drafts.collect() if self.drafts else {}
-        batch = self.scheduler.schedule(self._clock(), drafts)
+        drafts = self.drafts.collect(self.scheduler.residency.running) if self.drafts else {}
+        wanted = self.drafts is not None and self.drafts.wanted(self.scheduler.residency.running)
+        batch = self.scheduler.schedule(self._clock(), drafts, states=wanted)
         # Without anything to put behind it, the step that runs is waited for.
         self._due = math.inf
         if batch is not None:
             self._executor.submit(batch)
-            self._under_way.append(count_tokens(batch))
+            self.stats.drafted_steps += bool(batch.drafts)
+            only_generates = all(batch.samples) and all(length == 1 for length in batch.lengths)
+            self._under_way.append(
+                _UnderWay(count_tokens(batch), len(batch.rows), only_generates, wanted, bool(batch.drafts))
+            )
             if len(self._under_way) == 1:
                 self._expect_end()
+            if self.drafts and wanted:
+                self.drafts.foresee(batch.step, self.scheduler.residency.running, self.scheduler.survivals(batch.step))
 
     def _expect_end(self) -> None:
         """A step begins to run now, if there is one: when to schedule the next."""
-        predicted = self._times.predict(self._under_way[0]) if self._under_way else None
+        predicted = self._times.predict(self._under_way[0].num_tokens) if self._under_way else None
         self._due = math.inf if predicted is None else self._clock() + predicted - LEAD_S
 
     def _time_to_spare(self) -> float | None:
@@ -159,6 +205,7 @@ class Engine:
         logger.error("the verifier is lost (%s); restarting it, running requests go on from their tokens", reason)
         chunks = self.scheduler.take_ended()
         self._under_way.clear()
+        self._committed_at = None
         self.scheduler.recover()
         self.stats.executor_restarts += 1
         self._losses += 1

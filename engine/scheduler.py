@@ -14,6 +14,7 @@ from tailserve.engine.errors import InvalidRequestError
 from tailserve.engine.residency import Residency
 from tailserve.engine.sequence import Sequence
 from tailserve.engine.speculation.drafter import Draft
+from tailserve.engine.speculation.selection import DraftSelection
 from tailserve.engine.stats import EngineStats
 from tailserve.engine.stopping import Stop, check_stop
 from tailserve.engine.types import Batch, FinishReason, Request, StepResult, TokenChunk, TokenLogprob
@@ -28,6 +29,9 @@ class Scheduled(NamedTuple):
     length: int
     samples: bool
     draft: list[int]
+    """Tokens to verify."""
+    proposed: list[Draft]
+    """What they are the first of; empty or one."""
 
 
 class Scheduler:
@@ -37,9 +41,10 @@ class Scheduler:
     `fail_all`.
     """
 
-    def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
+    def __init__(self, config: EngineConfig, stats: EngineStats, selection: DraftSelection) -> None:
         self.config = config
         self.stats = stats
+        self._selection = selection
         self.residency = Residency(config, stats)
         self._classes = {slo.name: slo for slo in config.classes}
         self._sequences: dict[str, Sequence] = {}
@@ -87,8 +92,9 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return ended
 
-    def schedule(self, now: float, drafts: Mapping[int, Draft]) -> Batch | None:
+    def schedule(self, now: float, drafts: Mapping[int, Draft], *, states: bool = False) -> Batch | None:
         """The next batch, or None if there is nothing to do. `drafts` by row; those that no longer fit are dropped.
+        `states`: see `Batch`.
 
         Steps under way count as done, so the next can wait behind them at the verifier. Not so behind a step with drafts:
         how many of them hold is not known before it is committed.
@@ -124,14 +130,11 @@ class Scheduler:
                 continue  # it gave its own place up: the next one moved to this index
             spare -= 0 if sure else length
             assert seq.row is not None
-            work.append(Scheduled(seq, seq.row, seq.num_scheduled, length, length == seq.num_pending, []))
+            work.append(Scheduled(seq, seq.row, seq.num_scheduled, length, length == seq.num_pending, [], []))
             index += 1
         # Drafts come last: they must not take the block or the token that somebody needs.
-        spare += total - prompts
-        for entry in work if drafts else ():
-            entry.draft.extend(self._fit_draft(entry.seq, drafts, spare, new_blocks))
-            spare -= len(entry.draft)
-        return self._pack(work, new_blocks)
+        self._add_drafts(work, drafts, spare + total - prompts, new_blocks)
+        return self._pack(work, new_blocks, states)
 
     def commit(self, result: StepResult) -> list[TokenChunk]:
         """Advances the sequences of a step; the only place where that happens. Returns what clients are to get."""
@@ -144,15 +147,31 @@ class Scheduler:
                 continue  # it ended or was displaced while the step ran
             seq.num_computed = entry.start + entry.length
             if token_ids:
+                if not seq.num_output:
+                    self._selection.policy.note_arrival(len(self.residency.running))
                 seq.num_sampling -= 1
                 seq.num_computed += len(token_ids) - 1
                 seq.num_scheduled += len(token_ids) - 1
                 seq.num_drafted += len(entry.draft)
                 self.stats.draft_tokens += len(entry.draft)
+                for draft in entry.proposed:
+                    self._selection.observe(seq, draft, len(entry.draft), len(token_ids) - 1)
                 chunks.append(self._append(seq, token_ids, result.logprobs.get(entry.row)))
             else:
                 self.residency.register(seq)
         return chunks
+
+    def survivals(self, step: int) -> dict[int, tuple[list[int], list[float]]]:
+        """Of a step under way: each row that samples, its draft tokens, and for each of these the chance that it and those
+        before it hold."""
+        return {
+            entry.row: (
+                entry.draft,
+                [s for draft in entry.proposed for s in self._selection.survivals(entry.seq, draft)[: len(entry.draft)]],
+            )
+            for entry in self._in_flight[step]
+            if entry.samples
+        }
 
     def recover(self) -> None:
         """The verifier lost its rows and its KV: everything goes on from its tokens."""
@@ -167,22 +186,26 @@ class Scheduler:
         assert {id(seq) for seq in lines} == {id(seq) for seq in self._sequences.values()}
         assert self._timed.keys() <= self._sequences.keys(), "a deadline outlived its request"
 
-    def _fit_draft(
-        self, seq: Sequence, drafts: Mapping[int, Draft], spare: int, new_blocks: dict[int, list[int]]
-    ) -> list[int]:
-        """The part of a sequence's draft that still applies and takes nothing from anybody."""
-        draft = drafts.get(seq.row) if seq.row is not None else None
-        num_tokens = len(seq.token_ids)
-        if draft is None or draft.base_len != num_tokens:
-            return []
-        wanted = min(
-            len(draft.token_ids),
-            spare,
-            # The verifier adds a token of its own behind the accepted ones.
-            seq.request.sampling.max_tokens - seq.num_output - 1,
-            self.config.max_model_len - num_tokens - 1,
-        )
-        return draft.token_ids[: self.residency.extend_if_free(seq, wanted, new_blocks)]
+    def _add_drafts(
+        self, work: list[Scheduled], drafts: Mapping[int, Draft], spare: int, new_blocks: dict[int, list[int]]
+    ) -> None:
+        """Adds of the drafts that still apply what pays, as far as it takes nothing from anybody."""
+        drafts = self._selection.with_rests(drafts)
+        if not drafts:
+            return
+        entries = {entry.row: entry for entry in work if entry.samples and entry.row in drafts}
+        offers = {row: (entry.seq, draft) for row, entry in entries.items() if (draft := _fit(entry, drafts[row]))}
+        counts = self._selection.select(offers, sum(entry.samples for entry in work), sum(entry.length for entry in work))
+        for row, (seq, draft) in offers.items():
+            count = self.residency.extend_if_free(seq, min(counts[row], spare, self._room(seq)), new_blocks)
+            if count:
+                entries[row].draft.extend(draft.token_ids[:count])
+                entries[row].proposed.append(draft)
+                spare -= count
+
+    def _room(self, seq: Sequence) -> int:
+        """Draft tokens that may still follow. The verifier adds a token of its own behind the accepted ones."""
+        return min(seq.request.sampling.max_tokens - seq.num_output - 1, self.config.max_model_len - len(seq.token_ids) - 1)
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> TokenChunk:
         stop: Stop | None = None
@@ -220,7 +243,7 @@ class Scheduler:
         self.stats.finished[stop.reason] = self.stats.finished.get(stop.reason, 0) + 1
         return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error)
 
-    def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]]) -> Batch | None:
+    def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]], states: bool) -> Batch | None:
         joins, self.residency.joins = self.residency.joins, []
         leaves, self.residency.leaves = self.residency.leaves, []
         if not work and not leaves:
@@ -238,7 +261,20 @@ class Scheduler:
             lengths=[entry.length for entry in work],
             samples=[entry.samples for entry in work],
             drafts={entry.row: entry.draft for entry in work if entry.draft},
+            candidates={
+                entry.row: draft.candidates[: len(entry.draft)]
+                for entry in work
+                for draft in entry.proposed
+                if draft.candidates
+            },
             new_blocks=new_blocks,
             joins=joins,
             leaves=leaves,
+            states=states,
         )
+
+
+def _fit(entry: Scheduled, draft: Draft) -> Draft | None:
+    """A draft, if it goes on from where the sequence is and no step under way will move that."""
+    seq = entry.seq
+    return draft if draft.token_ids and draft.base_len == len(seq.token_ids) and not seq.num_sampling else None

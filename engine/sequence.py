@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tailserve.engine.blocks import chain_hash, root_hash
+from tailserve.engine.speculation.acceptance import OwnRecord
 from tailserve.engine.types import Request, SloClass, Usage
 
 
@@ -17,6 +18,7 @@ class Sequence:
         "_root",
         "arrival_s",
         "block_ids",
+        "draft_record",
         "hashes",
         "key",
         "max_len",
@@ -57,6 +59,7 @@ class Sequence:
         self.num_registered = 0
         """Blocks already offered to the prefix cache."""
         self.num_drafted = 0
+        self.draft_record = OwnRecord()
         self.num_accepted_drafts = 0
         # A request that shares with nobody still finds its own blocks again after a preemption.
         scope = request.scope if request.scope is not None else f"request:{request.id}"

@@ -20,7 +20,17 @@ class EngineStats(msgspec.Struct, kw_only=True):
     preemptions: int = 0
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
+    drafted_by_kind: dict[str, int] = {}
+    accepted_by_kind: dict[str, int] = {}
     draft_timeouts: int = 0
+    foreseen_drafts: int = 0
+    """Drafts prepared while the verifier worked; those beyond `foresight_hits` were for nothing."""
+    foresight_hits: int = 0
+    foresight_misses: int = 0
+    draft_seconds: float = 0.0
+    """Time the draft spent."""
+    drafted_steps: int = 0
+    """Steps with draft tokens in them."""
     executor_restarts: int = 0
     finished: dict[str, int] = {}
     """Finish reason to requests."""

@@ -34,8 +34,8 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True):
     """The most output tokens a request of this class may ask for."""
     max_queued: int = 1024
     """Requests of this class that may wait for their first slot before further ones are refused."""
-    speculate: bool = True
-    """Whether requests of this class get draft tokens."""
+    speculation: str | int = "auto"
+    """Draft tokens per step: a number, "off", or "auto" for as many as pay."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,6 +114,10 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     """Set with FinishReason.ERROR."""
 
 
+Candidates = tuple[list[int], list[float]]
+"""Token ids, and the probability of each: what a draft token was drawn from."""
+
+
 class RowJoin(msgspec.Struct, frozen=True, array_like=True):
     """A sequence the verifier is to keep from now on. Set by the scheduler, sent once per (re)start of a sequence."""
 
@@ -145,6 +149,10 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     """Row to block ids appended to its table."""
     joins: list[RowJoin]
     leaves: list[int]
+    candidates: dict[int, list[Candidates]] = {}
+    """Row to one entry per draft token, for drafts that were drawn by chance."""
+    states: bool = False
+    """Whether the draft is to get the hidden states of this step's tokens, if it reads them."""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -170,3 +178,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str
     device: str
     """cpu or cuda."""
+    step_profile: tuple[tuple[int, float], ...] = ()
+    """Tokens and seconds of steps that were measured after loading."""

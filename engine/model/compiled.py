@@ -1,7 +1,8 @@
 """Which models get the compiled decoder, and whether its code is there already.
 
 Compiling takes half a minute. The code depends on the type of the weights, not on the model, and is kept on disk.
-Run as a program (python -m tailserve.engine.model.compiled bfloat16|float32 none|int8) it fills that cache.
+Run as a program (python -m tailserve.engine.model.compiled bfloat16|float32 none|int8) it fills that cache, for EAGLE heads
+as well.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from tailserve.engine.errors import ConfigError, UnsupportedModelError
 from tailserve.engine.model.avx512 import HAS_INT8_DOT
 from tailserve.engine.model.decoder import CompiledDecoder, can_compile
+from tailserve.engine.model.eagle_compiled import compile_head
 from tailserve.engine.model.selfcheck import check_packed, eager_logits
 from tailserve.engine.model.tiles import PAGE
 from tailserve.engine.options import LoadOptions
@@ -103,8 +105,13 @@ def is_cached(dtype: torch.dtype, int8: bool) -> bool:
     return _mark(dtype, int8).exists()
 
 
-def _mark(dtype: torch.dtype, int8: bool) -> Path:
-    kind = str(dtype).removeprefix("torch.") + ("-int8" if int8 else "")
+def head_is_cached(dtype: torch.dtype) -> bool:
+    """Whether code for an EAGLE head of a verifier of this type is on disk."""
+    return _mark(dtype, HAS_INT8_DOT, "-head").exists()
+
+
+def _mark(dtype: torch.dtype, int8: bool, what: str = "") -> Path:
+    kind = str(dtype).removeprefix("torch.") + ("-int8" if int8 else "") + what
     folder = Path(numba.config.CACHE_DIR)  # type: ignore[attr-defined]
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{kind}.done"
@@ -127,6 +134,17 @@ def fill_cache(dtype: torch.dtype, *, int8: bool) -> None:
         compile_model(model, DecoderSettings(8, PAGE, 64, 1, int8), eager_logits(model))
 
 
+def fill_head_cache(dtype: torch.dtype) -> None:
+    """The same for EAGLE heads."""
+    mark = _mark(dtype, HAS_INT8_DOT, "-head")
+    with FileLock(mark.with_suffix(".lock")):
+        if not mark.exists():
+            compile_head(dtype, int8=HAS_INT8_DOT)
+            mark.touch()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fill_cache(getattr(torch, sys.argv[1]), int8=sys.argv[2] == "int8")
+    kind = getattr(torch, sys.argv[1])
+    fill_cache(kind, int8=sys.argv[2] == "int8")
+    fill_head_cache(kind)

@@ -97,6 +97,8 @@ class CompiledDecoder:
         self._tile_width = max(1, MAX_ROWS // (self._shape.heads // self._shape.kv_heads))
         layers, kv_heads, head_dim = len(self._weights.qkv.data), self._shape.kv_heads, self._shape.head_dim
         kind = self._weights.embedding.dtype
+        self._tapped = np.empty(0, np.int64)
+        self.features: torch.Tensor | None = None
         self._scratch = self._allocate(MAX_ROWS)
         # One for each kernel of a step to share its work by.
         self._counters = np.zeros(_KERNELS * layers + _KERNELS, np.int64)
@@ -114,6 +116,8 @@ class CompiledDecoder:
         self._reserve.note_use(int(batch.block_tables.max()))
         if len(batch.token_ids) > self._scratch.hidden.size // self._weights.input_norm.shape[1]:
             self._scratch = self._allocate(2 * len(batch.token_ids))
+        width = len(self._tapped) * self._weights.input_norm.shape[1]
+        features = np.empty((len(batch.token_ids) if width else 0, width), np.float32)
         logits = _run(
             self._weights,
             self._shape,
@@ -130,12 +134,24 @@ class CompiledDecoder:
             query_tiles(batch.query_starts, batch.starts, self._tile_width),
             batch.block_tables,
             batch.wanted,
+            self._tapped,
+            features,
         )
+        self.features = torch.from_numpy(features) if width else None
         return torch.from_numpy(logits)[:, : self._vocab]
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """See `PagedModel.tap`."""
+        self._tapped = np.array(layers, np.int64)
 
     def take_over(self, cache: KVCache, blocks: Array) -> None:
         """Copies the keys and values of some blocks from a cache of the same shape and type."""
         copy_blocks(cache, blocks, self._keys, self._values)
+
+    def copy_block(self, source: int, target: int) -> None:
+        """See `PagedModel.copy_block`."""
+        for side in (self._keys, self._values):
+            side[:, target] = side[:, source]
 
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: Array) -> torch.Tensor:
         """See `PagedModel.pick`."""
@@ -186,8 +202,11 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     tiles,
     tables,
     wanted,
+    tapped,
+    features,
 ):
-    """float32 logits [len(wanted), 32 P] of the tokens at the indices `wanted`. Stores keys and values on the way."""
+    """float32 logits [len(wanted), 32 P] of the tokens at the indices `wanted`. Stores keys and values on the way, and in
+    `features` [tokens, hidden states of each layer `tapped`]."""
     tokens, groups = len(token_ids), shape.heads // shape.kv_heads
     epsilon, scaling = np.float32(shape.epsilon), np.float32(shape.scaling)
     hidden = strips_of(scratch.hidden, weights.input_norm.shape[1], tokens)
@@ -237,6 +256,9 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
         project(inner, narrow, weights.down, layer, hidden.ctypes.data, strip, row, 1, threads, turn + 80)
         now = lap(ticks, _DOWN, now)
         turn += 8 * _KERNELS
+        for n in range(len(tapped)):
+            if tapped[n] == layer:
+                _copy_out(hidden, features, n)
     logits = np.empty((len(wanted), weights.head.data.shape[1] * COLUMNS), np.float32)
     if len(wanted) == 0:
         return logits
@@ -248,6 +270,16 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     project(normed, narrow, weights.head, 0, logits.ctypes.data, row, logits.strides[0], 0, threads, turn + 8)
     lap(ticks, _HEAD, now)
     return logits
+
+
+@njit(cache=True, nogil=True)
+def _copy_out(hidden, features, place):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Hidden states from strips to rows, as the part `place` of each."""
+    begin = place * hidden.shape[0] * COLUMNS
+    for token in range(hidden.shape[1]):
+        for strip in range(hidden.shape[0]):
+            for column in range(COLUMNS):
+                features[token, begin + strip * COLUMNS + column] = hidden[strip, token, column]
 
 
 @njit(cache=True, nogil=True)

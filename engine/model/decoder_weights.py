@@ -107,7 +107,9 @@ def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> Decod
     cosines, sines = body.rotary_emb(probe, torch.arange(positions, device=model.device).unsqueeze(0))
 
     def panels(weights: list[torch.Tensor]) -> Panels:
-        return integer_panels(weights) if int8 else Panels(_panels(weights, pair), np.empty((len(weights), 0), np.float32))
+        return (
+            integer_panels(weights) if int8 else Panels(float_panels(weights, pair), np.empty((len(weights), 0), np.float32))
+        )
 
     head = panels([model.lm_head.weight])
     tied = body.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
@@ -117,7 +119,7 @@ def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> Decod
         return np.stack([torch.cat(row).float().numpy() if row else np.empty(0, np.float32) for row in rows])
 
     return DecoderWeights(
-        embedding=head.data if tied and not int8 else _panels([body.embed_tokens.weight], pair),
+        embedding=head.data if tied and not int8 else float_panels([body.embed_tokens.weight], pair),
         input_norm=vectors(lambda y: [y.input_layernorm.weight], layers),
         qkv=panels([torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attentions]),
         qkv_bias=vectors(lambda a: [a.q_proj.bias, a.k_proj.bias, a.v_proj.bias], attentions),
@@ -125,7 +127,7 @@ def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> Decod
         key_norm=vectors(lambda a: [a.k_norm.weight] if hasattr(a, "k_norm") else [], attentions),
         output=panels([a.o_proj.weight for a in attentions]),
         post_norm=vectors(lambda y: [y.post_attention_layernorm.weight], layers),
-        gate_up=panels([_interleave(m.gate_proj.weight, m.up_proj.weight) for m in mlps]),
+        gate_up=panels([interleave(m.gate_proj.weight, m.up_proj.weight) for m in mlps]),
         down=panels([m.down_proj.weight for m in mlps]),
         final_norm=body.norm.weight.float().numpy(),
         head=head,
@@ -134,7 +136,7 @@ def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> Decod
     )
 
 
-def _panels(weights: list[torch.Tensor], pair: int) -> Array:
+def float_panels(weights: list[torch.Tensor], pair: int) -> Array:
     """Weights [N, K] of each layer as panels; columns that fill the last panel up are 0."""
     columns, depth = weights[0].shape
     count = -(-columns // COLUMNS)
@@ -154,10 +156,12 @@ def integer_panels(weights: list[torch.Tensor]) -> Panels:
         for weight, scale in zip(weights, scales, strict=True)
     ]
     filling = -len(scales[0]) % COLUMNS
-    return Panels(_panels(integers, PAIR), torch.stack([nn.functional.pad(scale, (0, filling)) for scale in scales]).numpy())
+    return Panels(
+        float_panels(integers, PAIR), torch.stack([nn.functional.pad(scale, (0, filling)) for scale in scales]).numpy()
+    )
 
 
-def _interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     parts = [weight.view(-1, COLUMNS, weight.shape[1]) for weight in (gate, up)]
     return torch.stack(parts, 1).reshape(-1, gate.shape[1])
 

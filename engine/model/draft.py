@@ -2,75 +2,149 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
+import torch
+from transformers import AutoTokenizer
+
 from tailserve.engine.blocks import BlockPool
+from tailserve.engine.model.branches import branch_out, draft_branches
+from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.paged import PagedModel
+from tailserve.engine.model.proposals import Proposal, extend
 from tailserve.engine.model.spans import Span
-from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
+from tailserve.engine.model.vocabulary import VocabularyMap, map_vocabularies
+from tailserve.engine.options import LoadOptions
+from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftRow, DraftWork, Outcome, StateMessage
+
+KIND = "model"
 
 
 @dataclass
 class _Row:
+    given: list[int] = field(default_factory=list)
+    """The verifier's tokens."""
     token_ids: list[int] = field(default_factory=list)
+    """The same in the draft's vocabulary."""
     computed: list[int] = field(default_factory=list)
     """Tokens whose KV is in the cache; its tail may be drafts of an earlier round that did not hold."""
     block_ids: list[int] = field(default_factory=list)
 
 
 class ModelDrafter:
-    """Proposes the draft model's most likely tokens.
+    """Proposes the draft model's most likely tokens, or draws them where a row asks for that.
 
     A row that does not fit the pool or the round's token budget gets no draft this round; nothing else happens to it.
     """
 
-    def __init__(self, model: PagedModel, *, max_num_batched_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        *,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        vocabulary: VocabularyMap | None = None,
+    ) -> None:
+        """`vocabulary`: from the verifier's to the draft's, unless they are the same."""
         self._model = model
         self._budget = max_num_batched_tokens
         self._max_model_len = max_model_len
+        self._vocabulary = vocabulary
         self._pool = BlockPool(model.num_blocks, model.block_size, enable_prefix_caching=False)
         self._rows: dict[int, _Row] = {}
 
     def run(self, work: DraftWork) -> DraftResult:
+        """See `DraftModel.run`."""
+        begin = time.perf_counter()
         for number in work.leaves:
             row = self._rows.pop(number, None)
             if row is not None:
                 self._pool.release(row.block_ids)
         for entry in work.rows:
-            row = self._rows.setdefault(entry.row, _Row())
-            row.token_ids = row.token_ids[: entry.keep] + entry.token_ids
-            _roll_back(row)
+            self._update(self._rows.setdefault(entry.row, _Row()), entry)
+        if work.outcomes:
+            outcomes = self._foresee(work)
+            return DraftResult(work.number, {}, time.perf_counter() - begin, outcomes)
         drafts = self._propose(work)
-        return DraftResult(work.step, {n: Draft(len(self._rows[n].token_ids), ids) for n, ids in drafts.items()})
+        return DraftResult(work.number, drafts, time.perf_counter() - begin)
 
-    def _propose(self, work: DraftWork) -> dict[int, list[int]]:
+    def _update(self, row: _Row, entry: DraftRow) -> None:
+        if entry.keep != len(row.given):
+            row.given = row.given[: entry.keep]
+            row.token_ids = self._translate(row.given)
+        row.given += entry.token_ids
+        row.token_ids += self._translate(entry.token_ids)
+        _roll_back(row)
+
+    def _translate(self, token_ids: list[int]) -> list[int]:
+        return list(token_ids) if self._vocabulary is None else self._vocabulary.to_draft(token_ids)
+
+    def take(self, message: StateMessage) -> None:
+        """See `DraftModel.take`; a model of its own needs none."""
+
+    def _propose(self, work: DraftWork) -> dict[int, Draft]:
         spans: dict[int, Span] = {}
-        ready: list[int] = []
+        proposals: dict[int, Proposal] = {}
         budget = self._budget
         for entry in work.rows:
             row = self._rows[entry.row]
             pending = row.token_ids[len(row.computed) :][:budget]
-            if not pending or not self._reserve(row, len(row.token_ids) + work.num_tokens - 1):
+            if not pending or not self._reserve(row, len(row.token_ids) + entry.num_tokens - 1):
                 continue
             budget -= len(pending)
             complete = len(row.computed) + len(pending) == len(row.token_ids)
             spans[entry.row] = Span(pending, len(row.computed), row.block_ids, int(complete))
             if complete:
-                ready.append(entry.row)
-        drafts: dict[int, list[int]] = {number: [] for number in ready}
+                proposals[entry.row] = Proposal(entry, KIND)
+        alive = proposals
         while spans:
-            logits = self._model.forward(list(spans.values()))
+            logits = self._forward(list(spans.values()))
             for number, span in spans.items():
                 self._rows[number].computed += span.token_ids
-            for number, token_id in zip(ready, logits.argmax(-1).tolist(), strict=True):
-                drafts[number].append(token_id)
-            unfinished = [number for number in ready if len(drafts[number]) < work.num_tokens]
-            spans = {n: self._next_span(self._rows[n], drafts[n][-1]) for n in unfinished}
-        return drafts
+            extend(list(alive.values()), logits, self._names)
+            alive = {number: proposal for number, proposal in alive.items() if proposal.goes_on(work.least)}
+            spans = {number: self._next_span(number, proposal) for number, proposal in alive.items()}
+        return {number: proposal.draft for number, proposal in proposals.items()}
 
-    @staticmethod
-    def _next_span(row: _Row, token_id: int) -> Span:
-        return Span([token_id], len(row.computed), row.block_ids, 1)
+    def _foresee(self, work: DraftWork) -> list[Outcome]:
+        """One forward over what is being verified says what may come of it; see `draft_branches` for the rest."""
+        asked, spans = [], []
+        for entry, outcome in zip(work.rows, work.outcomes, strict=True):
+            row = self._rows[entry.row]
+            draft = self._translate(outcome.draft)
+            pending = row.token_ids[len(row.computed) :] + draft
+            fits = len(draft) == len(outcome.draft) and len(pending) <= self._budget
+            if fits and self._reserve(row, len(row.token_ids) + len(draft)):
+                asked.append((entry, outcome, row))
+                spans.append(Span(pending, len(row.computed), row.block_ids, len(outcome.draft) + 1))
+        if not asked:
+            return []
+        logits = self._forward(spans)
+        branches, first = [], 0
+        for (entry, outcome, row), span in zip(asked, spans, strict=True):
+            row.computed += span.token_ids
+            likeliest = logits[first : first + span.num_logits].topk(max(outcome.fan_out) + 1).indices.tolist()
+            first += span.num_logits
+            known = len(row.token_ids)
+            if known + len(outcome.draft) + entry.num_tokens < self._max_model_len:
+                found = branch_out(entry, known, outcome.draft, outcome.fan_out, likeliest, self._names, KIND)
+                branches += [(branch, row.block_ids) for branch in found]
+        return draft_branches(self._model, self._pool, branches, work.least, self._vocabulary)
+
+    def _next_span(self, number: int, proposal: Proposal) -> Span:
+        row, column = self._rows[number], proposal.columns[-1]
+        own = column if self._vocabulary is None else self._vocabulary.own[column]
+        return Span([own], len(row.computed), row.block_ids, 1)
+
+    def _forward(self, spans: list[Span]) -> torch.Tensor:
+        """Logits, of what the verifier knows as well."""
+        logits = self._model.forward(spans)
+        return logits if self._vocabulary is None else logits[:, self._vocabulary.own]
+
+    @property
+    def _names(self) -> list[int] | None:
+        return None if self._vocabulary is None else self._vocabulary.names
 
     def _reserve(self, row: _Row, num_tokens: int) -> bool:
         if num_tokens > self._max_model_len:
@@ -91,3 +165,15 @@ def _roll_back(row: _Row) -> None:
         same += 1
     # The last token is always computed again when nothing else is: its logits are needed.
     del row.computed[min(same, len(row.token_ids) - 1) :]
+
+
+def load_drafter(options: LoadOptions, *, verifier: str, max_num_batched_tokens: int) -> ModelDrafter:
+    """Loads a draft model for the verifier in the directory `verifier`. ConfigError if their vocabularies have too little
+    in common."""
+    model, info = load_model(options)
+    vocabulary = None
+    if verifier != options.path:
+        vocabulary = map_vocabularies(AutoTokenizer.from_pretrained(verifier), AutoTokenizer.from_pretrained(options.path))
+    return ModelDrafter(
+        model, max_num_batched_tokens=max_num_batched_tokens, max_model_len=info.max_model_len, vocabulary=vocabulary
+    )

@@ -6,7 +6,7 @@ import bisect
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,15 @@ logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 """Tokens of a graph. A batch runs in the smallest that takes it; larger ones are launched kernel by kernel."""
+
+
+class _Captured(NamedTuple):
+    """A graph, and where it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: torch.Tensor
+    logits: torch.Tensor
+    features: torch.Tensor | None
 
 
 class GraphedModel(TransformersModel):
@@ -36,7 +45,7 @@ class GraphedModel(TransformersModel):
         config = self._model.config.get_text_config(decoder=True)
         heads = config.num_attention_heads
         self._tile_width = tile_width(heads, getattr(config, "num_key_value_heads", None) or heads)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self._graphs: dict[int, _Captured] = {}
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -52,7 +61,14 @@ class GraphedModel(TransformersModel):
             torch.cuda.set_stream(before)
             logger.warning("this model cannot be captured as a CUDA graph, so its steps take longer: %s", error)
 
-    def _capture(self, size: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+    def tap(self, layers: Sequence[int]) -> None:
+        """See `PagedModel.tap`. Captures again what was captured."""
+        super().tap(layers)
+        if self._graphs:
+            self._graphs.clear()
+            self.prepare()
+
+    def _capture(self, size: int, pool: Any) -> _Captured:
         inputs = torch.zeros(self._layout(size)[-1], dtype=torch.int32, device=self._device)
         inputs.copy_(self._fill(size, pack([Span([0], 0, [self.num_blocks], 1)], self.block_size)))
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -64,21 +80,22 @@ class GraphedModel(TransformersModel):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits = self._run(size, inputs)
-        return graph, inputs, logits
+        return _Captured(graph, inputs, logits, self.features)
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
-        """See `PagedModel.forward`. The logits are valid until the next call."""
+        """See `PagedModel.forward`. Logits and features are valid until the next call."""
         batch = pack(spans, self.block_size)
         count, wanted = len(batch.token_ids), len(batch.wanted)
         place = bisect.bisect_left(SIZES, count)
         if place == len(SIZES) or not self._graphs:
             return super().forward(spans)
         size = SIZES[place]
-        graph, inputs, logits = self._graphs[size]
-        inputs.copy_(self._fill(size, batch), non_blocking=True)
-        graph.replay()
-        return logits[:wanted]
+        captured = self._graphs[size]
+        captured.inputs.copy_(self._fill(size, batch), non_blocking=True)
+        captured.graph.replay()
+        self.features = None if captured.features is None else captured.features[:count]
+        return captured.logits[:wanted]
 
     def _layout(self, size: int) -> tuple[int, ...]:
         """Where parts of the input begin: tokens, positions, slots, wanted, tiles, tables; and its length."""

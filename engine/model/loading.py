@@ -41,7 +41,7 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     text = config.get_text_config(decoder=True)
     max_model_len = _max_model_len(options, text)
     refuse_unsupported(config, max_model_len)
-    dtype = _dtype(options, text)
+    dtype = resolve_dtype(options, text)
     model = read_model(options, dtype, device)
     layers, kv_heads, head_dim = _kv_shape(text)
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
@@ -92,7 +92,7 @@ def read_model(options: LoadOptions, dtype: torch.dtype, device: torch.device) -
 
 def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int) -> TransformersModel:
     layers, kv_heads, head_dim = _kv_shape(model.config.get_text_config(decoder=True))
-    backend = _backend(options, model.device, model.dtype)
+    backend = choose_backend(options, model.device, model.dtype)
     on_cuda = backend.name == "cuda"
     cache = KVCache(
         num_layers=layers,
@@ -146,7 +146,8 @@ def refuse_unsupported(config: PreTrainedConfig, max_model_len: int) -> None:
         )
 
 
-def _dtype(options: LoadOptions, text: PreTrainedConfig) -> torch.dtype:
+def resolve_dtype(options: LoadOptions, text: PreTrainedConfig) -> torch.dtype:
+    """The type of weights and KV. ConfigError if the options name none."""
     if options.dtype == "auto":
         own = text.dtype
         return own if isinstance(own, torch.dtype) else torch.bfloat16
@@ -155,7 +156,8 @@ def _dtype(options: LoadOptions, text: PreTrainedConfig) -> torch.dtype:
     return _DTYPES[options.dtype]
 
 
-def _backend(options: LoadOptions, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+def choose_backend(options: LoadOptions, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """What computes attention where no whole decoder is compiled. ConfigError if the options name what cannot."""
     name = options.attention_backend
     if name == "auto":
         fast = find_spec("triton") if device.type == "cuda" else dtype in CpuBackend.dtypes

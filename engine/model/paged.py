@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +23,22 @@ class PagedModel(Protocol):
     num_blocks: int
     block_size: int
 
+    @property
+    def features(self) -> torch.Tensor | None:
+        """What `tap` asked for, of the tokens of the last `forward`, in their order; None without."""
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """From now on `features` holds hidden states [tokens, len(layers) * hidden size]: each token's residual stream as it
+        leaves these layers, counted from 0."""
+
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """Computes all spans at once and stores their keys and values.
 
         Returns float32 logits [sum of num_logits, vocab], span after span.
         """
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copies keys and values of one block to another, in every layer."""
 
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: np.ndarray) -> torch.Tensor:
         """See `tailserve.engine.speculation.sampling.pick`. `logits` are what `forward` returned, or changed in place."""
@@ -42,6 +54,20 @@ class TransformersModel:
         self._device = model.device
         self.backend = backend.name
         self.num_blocks, self.block_size = cache.num_blocks, cache.block_size
+        self.features: torch.Tensor | None = None
+        self._tapped: dict[int, torch.Tensor] = {}
+        self._hooks: list[Any] = []
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """See `PagedModel.tap`."""
+        for hook in self._hooks:
+            hook.remove()
+        body: Any = self._model.get_decoder()  # type: ignore[no-untyped-call]
+        self._tapped = dict.fromkeys(layers, torch.empty(0))
+        self._hooks = [body.layers[layer].register_forward_hook(partial(self._keep, layer)) for layer in self._tapped]
+
+    def _keep(self, layer: int, _module: Any, _inputs: Any, output: Any) -> None:
+        self._tapped[layer] = (output[0] if isinstance(output, tuple) else output)[0]
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
@@ -65,8 +91,15 @@ class TransformersModel:
             logits_to_keep=wanted,
             paged=paged,
         )
+        if self._tapped:
+            self.features = torch.cat(list(self._tapped.values()), -1)
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def copy_block(self, source: int, target: int) -> None:
+        """See `PagedModel.copy_block`."""
+        for side in (*self.cache.keys, *self.cache.values):
+            side[target] = side[source]
 
     def prepare(self) -> None:
         """Called once, when the model is known to be right."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from tailserve.engine.types import Batch, RowJoin, SamplingParams
+from tailserve.engine.types import Batch, Candidates, RowJoin, SamplingParams
 
 
 @dataclass
@@ -28,6 +28,8 @@ class RowWork:
     token_ids: Sequence[int]
     """Known tokens to compute, then draft tokens."""
     draft: Sequence[int]
+    candidates: Sequence[Candidates]
+    """What the draft tokens were drawn from, if by chance."""
     samples: bool
 
 
@@ -52,7 +54,7 @@ class Rows:
             row = self._rows[number]
             draft = batch.drafts.get(number, [])
             token_ids = row.token_ids[start : start + length] + draft
-            yield RowWork(number, row, start, token_ids, draft, samples)
+            yield RowWork(number, row, start, token_ids, draft, batch.candidates.get(number, []), samples)
 
     def _join(self, join: RowJoin) -> None:
         self._rows[join.row] = Row(list(join.token_ids), join.prompt_len, list(join.block_ids), join.sampling)

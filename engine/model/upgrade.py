@@ -37,6 +37,7 @@ class UpgradingModel:
         self.num_blocks, self.block_size = plain.num_blocks, plain.block_size
         self.backend = plain.backend
         self._model: PagedModel = plain
+        self._tapped: tuple[int, ...] = ()
         self._plain: TransformersModel | None = plain
         self._used = np.zeros(plain.num_blocks, bool)
         """Blocks that hold something."""
@@ -53,6 +54,21 @@ class UpgradingModel:
                 self._used[list(span.block_ids)] = True
         return self._model.forward(spans)
 
+    @property
+    def features(self) -> torch.Tensor | None:
+        """See `PagedModel.features`."""
+        return self._model.features
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """See `PagedModel.tap`."""
+        self._tapped = tuple(layers)
+        self._model.tap(layers)
+
+    def copy_block(self, source: int, target: int) -> None:
+        """See `PagedModel.copy_block`."""
+        self._used[target] = True
+        self._model.copy_block(source, target)
+
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: np.ndarray) -> torch.Tensor:
         """See `PagedModel.pick`."""
         return self._model.pick(logits, temperatures, keys)
@@ -64,6 +80,7 @@ class UpgradingModel:
 
     def _change(self, plain: TransformersModel, ready: CompiledDecoder) -> None:
         ready.take_over(plain.cache, np.flatnonzero(self._used))
+        ready.tap(self._tapped)
         self._model, self._plain, self._ready = ready, None, None
         self.backend = ready.backend
         # For this thread: see `compile_model`.

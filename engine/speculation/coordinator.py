@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as List
 
 from tailserve.engine.sequence import Sequence
-from tailserve.engine.speculation.drafter import Draft, Drafter, DraftRow, DraftWork
+from tailserve.engine.speculation.drafter import Draft, Drafter, DraftResult, DraftRow, DraftWork, OutcomeRow
+from tailserve.engine.speculation.foresight import Foresight, fan_out
+from tailserve.engine.speculation.policy import DraftPolicy
 from tailserve.engine.stats import EngineStats
 
 MAX_REST_LOG2 = 8
+AUTO_TOKENS = 8
+"""Draft tokens at most where a class leaves their number to the policy."""
+
+
+def draft_limit(speculation: str | int) -> int:
+    """Draft tokens per step, at most, of a class."""
+    if isinstance(speculation, int):
+        return speculation
+    return AUTO_TOKENS if speculation == "auto" else 0
 
 
 class DraftCoordinator:
@@ -19,56 +31,149 @@ class DraftCoordinator:
     again and again is asked less and less often: after k late answers in a row it rests for 2**k steps.
     """
 
-    def __init__(self, drafter: Drafter, *, num_tokens: int, timeout_s: float, stats: EngineStats) -> None:
+    def __init__(
+        self,
+        drafter: Drafter,
+        policy: DraftPolicy,
+        *,
+        sampled: bool = False,
+        num_outcomes: int = 0,
+        timeout_s: float,
+        stats: EngineStats,
+    ) -> None:
+        """`sampled`, `num_outcomes`: see `EngineConfig`."""
         self._drafter = drafter
-        self._num_tokens = num_tokens
+        self._policy = policy
+        self._sampled = sampled
+        self._num_outcomes = num_outcomes
         self._timeout_s = timeout_s
         self._stats = stats
+        self._foresight = Foresight(stats)
         self._known: dict[int, int] = {}
         """Row to the number of its tokens that the drafter has."""
-        self._asked: int | None = None
+        self._asked: DraftWork | None = None
+        """What is to be answered next."""
+        self._asked_rows = 0
+        self._number = 0
         self._late = False
         self._late_in_a_row = 0
         self._rest = 0
         self._incarnation = drafter.incarnation
 
-    def start(self, step: int, running: List[Sequence]) -> None:
-        """Asks for drafts for every sequence that generates."""
+    def wanted(self, running: List[Sequence]) -> bool:
+        """Whether these sequences, or the first to come, are to have drafts: nothing is scheduled behind a step then."""
+        if not running:
+            return self._policy.pays(1)
+        speculations = {seq.slo.speculation for seq in running}
+        if any(isinstance(speculation, int) and speculation > 0 for speculation in speculations):
+            return True
+        return "auto" in speculations and self._policy.pays(len(running))
+
+    def start(self, step: int, running: List[Sequence], *, states: bool = False) -> None:
+        """Asks for drafts for the sequences that generate, where they pay. `states`: see `DraftWork`."""
         self._notice_restart()
         if self._asked is not None:
             return
         if self._rest > 0:
             self._rest -= 1
             return
-        rows = []
-        known: dict[int, int] = {}
-        for seq in running:
-            if seq.row is not None and seq.num_pending == 1 and seq.slo.speculate:
-                keep = self._known.get(seq.row, 0)
-                rows.append(DraftRow(seq.row, keep, seq.token_ids[keep:]))
-                known[seq.row] = len(seq.token_ids)
-        leaves = [row for row in self._known if row not in known]
-        if not rows and not leaves:
-            return
-        if self._drafter.send(DraftWork(step, self._num_tokens, rows, leaves)):
-            self._known = known
-            self._asked = step
+        self._ask(step, running, states)
 
-    def collect(self) -> dict[int, Draft]:
+    def foresee(self, step: int, running: List[Sequence], drafts: Mapping[int, tuple[List[int], List[float]]]) -> None:
+        """Asks what may follow a step that has just begun. `drafts`: for each row that samples, the draft tokens, which
+        may be none, and their survivals."""
+        if not self._num_outcomes or self._sampled or self._asked is not None or self._rest > 0:
+            return
+        rows, outcomes = [], []
+        for seq in running:
+            limit = draft_limit(seq.slo.speculation)
+            if limit and seq.row is not None and seq.row in drafts:
+                tokens, survivals = drafts[seq.row]
+                rows.append(self._delta(seq, limit))
+                outcomes.append(OutcomeRow(seq.row, list(tokens), fan_out(survivals, self._num_outcomes)))
+        self._send(step, running, rows, outcomes=outcomes)
+
+    def collect(self, running: List[Sequence]) -> dict[int, Draft]:
         """Row to draft; empty if there is none in time."""
         self._notice_restart()
-        if self._asked is None:
+        asked = self._asked
+        if asked is None:
             return {}
-        result = self._drafter.receive(self._asked, 0.0 if self._late else self._timeout_s)
+        result = self._receive()
+        if result is None or not asked.outcomes:
+            return {} if result is None else result.drafts
+        self._foresight.fill(result.outcomes)
+        foreseen = {outcome.row for outcome in asked.outcomes}
+        found = {
+            seq.row: draft
+            for seq in running
+            if seq.row in foreseen and seq.num_pending == 1 and (draft := self._foresight.look_up(seq.row, seq.token_ids))
+        }
+        if found:
+            # The others go without: nobody waits for their drafts.
+            return found
+        self._ask(asked.step, running, states=False)
+        result = self._receive() if self._asked is not None else None
+        return {} if result is None else result.drafts
+
+    def _ask(self, step: int, running: List[Sequence], states: bool) -> None:
+        generating = [seq for seq in running if seq.row is not None and seq.num_pending == 1]
+        pays = self._policy.pays(len(generating))
+        rows = []
+        for seq in generating:
+            limit = draft_limit(seq.slo.speculation) if pays or seq.slo.speculation != "auto" else 0
+            if limit:
+                rows.append(self._delta(seq, limit))
+        self._asked_rows = len(generating)
+        self._send(step, running, rows, least=self._policy.least(len(generating)) if generating else 0.0, states=states)
+
+    def _delta(self, seq: Sequence, limit: int) -> DraftRow:
+        assert seq.row is not None
+        keep = self._known.get(seq.row, 0)
+        sampling = seq.request.sampling
+        temperature = sampling.temperature if self._sampled else 0.0
+        return DraftRow(seq.row, keep, seq.token_ids[keep:], limit, temperature, sampling.seed)
+
+    def _send(
+        self,
+        step: int,
+        running: List[Sequence],
+        rows: list[DraftRow],
+        *,
+        least: float = 0.0,
+        states: bool = False,
+        outcomes: list[OutcomeRow] | None = None,
+    ) -> None:
+        present = {seq.row for seq in running}
+        leaves = [row for row in self._known if row not in present]
+        if not rows and not leaves:
+            return
+        self._number += 1
+        work = DraftWork(self._number, step, rows, leaves, least, states, outcomes or [])
+        if self._drafter.send(work):
+            for row in leaves:
+                del self._known[row]
+            for entry in rows:
+                self._known[entry.row] = entry.keep + len(entry.token_ids)
+            # Nobody waits to hear that rows are gone.
+            self._asked = work if rows else None
+
+    def _receive(self) -> DraftResult | None:
+        assert self._asked is not None
+        result = self._drafter.receive(self._asked.number, 0.0 if self._late else self._timeout_s)
         if result is None:
             self._stats.draft_timeouts += not self._late
             self._late = True
-            return {}
+            return None
+        if not self._asked.outcomes:
+            longest = max((len(draft.token_ids) for draft in result.drafts.values()), default=0)
+            self._policy.note_draft(self._asked_rows, longest, result.duration_s)
+        self._stats.draft_seconds += result.duration_s
         self._asked = None
         self._late_in_a_row = self._late_in_a_row + 1 if self._late else 0
         self._rest = 2 ** min(self._late_in_a_row, MAX_REST_LOG2) if self._late else 0
         self._late = False
-        return result.drafts
+        return result
 
     def _notice_restart(self) -> None:
         if self._drafter.incarnation != self._incarnation:

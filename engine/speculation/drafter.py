@@ -6,6 +6,8 @@ from typing import Protocol
 
 import msgspec
 
+from tailserve.engine.types import Candidates
+
 
 class DraftRow(msgspec.Struct, frozen=True, array_like=True):
     """One sequence whose continuation is asked for. The drafter keeps the tokens of rows it knows."""
@@ -15,17 +17,40 @@ class DraftRow(msgspec.Struct, frozen=True, array_like=True):
     """Tokens of this row that still hold; the rest of what the drafter has is dropped. 0 for a new row."""
     token_ids: list[int]
     """Tokens behind them."""
+    num_tokens: int
+    """Draft tokens wanted, at most."""
+    temperature: float = 0.0
+    """Above 0, tokens are to be drawn by chance."""
+    seed: int = 0
+    """Of the request."""
+
+
+class OutcomeRow(msgspec.Struct, frozen=True, array_like=True):
+    """What is being verified of a row, and how many ways to go on from it are to be prepared."""
+
+    row: int
+    draft: list[int]
+    """The draft tokens behind those of the row's `DraftRow`."""
+    fan_out: list[int]
+    """For each number of them that may hold, from 0 to all: how many tokens to consider behind those."""
 
 
 class DraftWork(msgspec.Struct, frozen=True, array_like=True):
     """Sent after each step. Set by the engine."""
 
+    number: int
+    """Of this message; its answer has the same."""
     step: int
-    num_tokens: int
-    """Draft tokens wanted per row, at most."""
+    """The step whose tokens these are."""
     rows: list[DraftRow]
     leaves: list[int]
     """Rows that ended."""
+    least: float = 0.0
+    """A token that is less likely than this to be reached and accepted is not worth drafting."""
+    states: bool = False
+    """Hidden states of this step's tokens were sent, if the draft reads them."""
+    outcomes: list[OutcomeRow] = []
+    """For all of `rows` or for none: prepare what may follow instead of drafting."""
 
 
 class Draft(msgspec.Struct, frozen=True, array_like=True):
@@ -33,13 +58,51 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
 
     base_len: int
     token_ids: list[int]
+    confidences: list[float] = []
+    """How sure the draft is of each token, given those before it, 0 to 1. Empty if it cannot say."""
+    candidates: list[Candidates] = []
+    """For each token, what it was drawn from; empty if nothing was left to chance."""
+    kind: str = ""
+    """What proposed it: confidences of different kinds mean different things."""
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True):
+    """A draft for what may come."""
+
+    row: int
+    token_id: int
+    """It applies if this is the last token of the row then, the one before the draft."""
+    draft: Draft
 
 
 class DraftResult(msgspec.Struct, frozen=True, array_like=True):
-    """The answer to a `DraftWork` of the same step. Rows without a proposal are absent."""
+    """The answer to a `DraftWork` of the same number. Rows without a proposal are absent."""
+
+    number: int
+    drafts: dict[int, Draft]
+    duration_s: float = 0.0
+    outcomes: list[Outcome] = []
+
+
+class RowStates(msgspec.Struct, frozen=True, array_like=True):
+    """Hidden states of one row's tokens, those of verified tokens only."""
+
+    row: int
+    start: int
+    """Position of the first token."""
+    next_tokens: list[int]
+    """For each of them, the token behind it."""
+    data: bytes
+    """bfloat16 [tokens, width], in order."""
+
+
+class StateMessage(msgspec.Struct, frozen=True, array_like=True):
+    """What a step's forward made of its tokens: from the verifier to the draft, past the router."""
 
     step: int
-    drafts: dict[int, Draft]
+    rows: list[RowStates]
+    leaves: list[int]
+    """Rows that ended."""
 
 
 class Drafter(Protocol):
@@ -51,11 +114,14 @@ class Drafter(Protocol):
     def send(self, work: DraftWork) -> bool:
         """Starts the work. False when there is nobody to do it."""
 
-    def receive(self, step: int, timeout_s: float) -> DraftResult | None:
-        """The answer for `step`, or None if it does not come in time."""
+    def receive(self, number: int, timeout_s: float) -> DraftResult | None:
+        """The answer to the message of this number, or None if it does not come in time."""
 
 
 class DraftModel(Protocol):
     """The draft process's side: proposes continuations of the rows it keeps."""
 
     def run(self, work: DraftWork) -> DraftResult: ...
+
+    def take(self, message: StateMessage) -> None:
+        """Hidden states, if the draft reads them."""

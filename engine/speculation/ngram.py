@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
+import time
+
+from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork, StateMessage
+
+KIND = "ngram"
+CONFIDENCES = (0.05, 0.15, 0.25, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85)
+"""By the length of the match. A beginning: what holds of them is learnt."""
 
 
 class NgramDrafter:
@@ -18,16 +24,23 @@ class NgramDrafter:
         self._rows: dict[int, _Row] = {}
 
     def run(self, work: DraftWork) -> DraftResult:
+        """See `DraftModel.run`."""
+        begin = time.perf_counter()
         for row in work.leaves:
             self._rows.pop(row, None)
         drafts = {}
         for entry in work.rows:
             state = self._rows.setdefault(entry.row, _Row())
             state.update(entry.keep, entry.token_ids, self._sizes)
-            proposal = state.propose(work.num_tokens, self._sizes)
+            proposal, size = state.propose(entry.num_tokens, self._sizes)
             if proposal:
-                drafts[entry.row] = Draft(len(state.tokens), proposal)
-        return DraftResult(work.step, drafts)
+                # Each token that holds makes the match longer.
+                confidences = [CONFIDENCES[min(size + n, len(CONFIDENCES) - 1)] for n in range(len(proposal))]
+                drafts[entry.row] = Draft(len(state.tokens), proposal, confidences, kind=KIND)
+        return DraftResult(work.number, drafts, time.perf_counter() - begin)
+
+    def take(self, message: StateMessage) -> None:
+        """See `DraftModel.take`; n-grams need none."""
 
 
 class _Row:
@@ -51,9 +64,10 @@ class _Row:
                 if size <= follower:
                     self.index[tuple(self.tokens[follower - size : follower])] = follower
 
-    def propose(self, num_tokens: int, sizes: range) -> list[int]:
+    def propose(self, num_tokens: int, sizes: range) -> tuple[list[int], int]:
+        """A continuation, and how many tokens matched; nothing if none did."""
         for size in sizes:
             follower = self.index.get(tuple(self.tokens[-size:]))
             if follower is not None and len(self.tokens) >= size:
-                return self.tokens[follower : follower + num_tokens]
-        return []
+                return self.tokens[follower : follower + num_tokens], size
+        return [], 0

@@ -71,11 +71,11 @@ class InstantDrafter:
         self.sent.append(len(msgspec.msgpack.encode(work)))
         begin = time.perf_counter()
         drafts = {row.row: Draft(row.keep + len(row.token_ids), [7] * NUM_DRAFTS) for row in work.rows}
-        self._result = msgspec.msgpack.encode(DraftResult(work.step, drafts))
+        self._result = msgspec.msgpack.encode(DraftResult(work.number, drafts))
         self.waited += time.perf_counter() - begin
         return True
 
-    def receive(self, step: int, timeout_s: float) -> DraftResult | None:
+    def receive(self, number: int, timeout_s: float) -> DraftResult | None:
         return msgspec.msgpack.decode(self._result, type=DraftResult)
 
 
@@ -86,7 +86,6 @@ async def measure(num_running: int, context: int, *, speculate: bool, steps: int
         max_model_len=context + steps * 5 + 80,
         num_blocks=num_running * ((context + steps * 5) // 16 + 10),
         block_size=16,
-        num_speculative_tokens=NUM_DRAFTS if speculate else 0,
     )
     executor, drafter = InstantExecutor(), InstantDrafter()
     engine = Engine(config, executor, drafter if speculate else None)

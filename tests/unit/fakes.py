@@ -15,8 +15,8 @@ from tailserve.engine.speculation.ngram import NgramDrafter
 from tailserve.engine.speculation.verify import verify
 from tailserve.engine.types import Batch, Request, SamplingParams, SloClass, StepResult, TokenChunk
 
-CRITICAL = SloClass(name="critical", priority=0, ttft_s=0.5, tpot_s=0.04, max_queued=8)
-NORMAL = SloClass(name="normal", priority=10, ttft_s=5.0, tpot_s=0.2, max_queued=8)
+CRITICAL = SloClass(name="critical", priority=0, ttft_s=0.5, tpot_s=0.04, max_queued=8, speculation=3)
+NORMAL = SloClass(name="normal", priority=10, ttft_s=5.0, tpot_s=0.2, max_queued=8, speculation=3)
 VOCAB = 50
 
 
@@ -42,7 +42,7 @@ class FakeExecutor:
         self._reset()
         self.batches: list[Batch] = []
         self.fail_next = 0
-        self.seconds = 0.0
+        self.seconds = 0.001
         """How long it says that a step took. It answers at once, unless asked whether it would within a time."""
         self.restarts = 0
 
@@ -115,11 +115,11 @@ class InlineDrafter:
         result = self._model.run(work)
         if self._oracle:
             result = self._foresee(work)
-        self._answers[work.step] = result
+        self._answers[work.number] = result
         return True
 
-    def receive(self, step: int, timeout_s: float) -> DraftResult | None:
-        return None if self.dead or self.mute else self._answers.pop(step)
+    def receive(self, number: int, timeout_s: float) -> DraftResult | None:
+        return None if self.dead or self.mute else self._answers.pop(number)
 
     def restart(self) -> None:
         self.dead = False
@@ -134,8 +134,8 @@ class InlineDrafter:
         for row in work.rows:
             tokens = self._tokens.get(row.row, [])[: row.keep] + row.token_ids
             self._tokens[row.row] = tokens
-            drafts[row.row] = Draft(len(tokens), expected_answer(tokens, work.num_tokens))
-        return DraftResult(work.step, drafts)
+            drafts[row.row] = Draft(len(tokens), expected_answer(tokens, row.num_tokens))
+        return DraftResult(work.number, drafts)
 
 
 def engine_config(**changes: object) -> EngineConfig:

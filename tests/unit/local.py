@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 
 from fakes import engine_config
@@ -10,30 +9,12 @@ from fakes import engine_config
 from tailserve.engine.engine import Engine
 from tailserve.engine.model.draft import ModelDrafter
 from tailserve.engine.model.loading import load_model
+from tailserve.engine.model.local import LocalExecutor
 from tailserve.engine.model.paged import PagedModel
-from tailserve.engine.model.runner import ModelRunner
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import DraftModel, DraftResult, DraftWork
 from tailserve.engine.speculation.ngram import NgramDrafter
-from tailserve.engine.types import Batch, ModelInfo, StepResult
-
-
-class LocalExecutor:
-    lost = False
-
-    def __init__(self, model: PagedModel) -> None:
-        self._model = model
-        self.restart()
-
-    def submit(self, batch: Batch) -> None:
-        self._results.append(self._runner.run(batch))
-
-    def poll(self, timeout_s: float | None = None) -> StepResult:
-        return self._results.popleft()
-
-    def restart(self) -> None:
-        self._results: deque[StepResult] = deque()
-        self._runner = ModelRunner(self._model)
+from tailserve.engine.types import ModelInfo
 
 
 class LocalDrafter:
@@ -46,7 +27,7 @@ class LocalDrafter:
         self._result = self._model.run(work)
         return True
 
-    def receive(self, step: int, timeout_s: float) -> DraftResult | None:
+    def receive(self, number: int, timeout_s: float) -> DraftResult | None:
         return self._result
 
 
@@ -59,8 +40,12 @@ class Models:
         self.paged, self.info = self._load()
         self._drafts: dict[float, tuple[PagedModel, ModelInfo]] = {}
 
-    def engine(self, draft: str | float = "none", **config: object) -> Engine:
-        """`draft`: none, ngram, or a draft model: the verifier's weights with that much noise."""
+    def engine(self, draft: str | float = "none", *, block: bool = False, **config: object) -> Engine:
+        """`draft`: none, ngram, or a draft model: the verifier's weights with that much noise. `block`: verification."""
+        return self.engine_with(self._drafter(draft), block=block, **config)
+
+    def engine_with(self, drafter: LocalDrafter | None, *, block: bool = False, **config: object) -> Engine:
+        """With a drafter of the test's own."""
         settings = engine_config(
             **(
                 {
@@ -69,12 +54,11 @@ class Models:
                     "block_size": self.info.block_size,
                     "max_num_seqs": 32,
                     "max_num_batched_tokens": 128,
-                    "num_speculative_tokens": 0 if draft == "none" else 3,
                 }
                 | config
             )
         )
-        return Engine(settings, LocalExecutor(self.paged), self._drafter(draft))
+        return Engine(settings, LocalExecutor(self.paged, block_verification=block), drafter)
 
     def _drafter(self, draft: str | float) -> LocalDrafter | None:
         if draft == "none":

@@ -28,7 +28,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
     config = resolve("--config", str(file), "--max-num-seqs", "9")
     assert (config.max_num_seqs, config.speculation, config.model) == (9, "off", "from-file")
     assert resolve("my-model", "--config", str(file)).model == "my-model"
-    assert resolve("--speculation", "6").num_speculative_tokens == 6
+    assert [slo.speculation for slo in resolve("--speculation", "6").classes()] == [6, 6]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
         ({"default_class": "gold"}, "default_class is 'gold'.*critical, normal"),
         ({"service_tiers": {"flex": "gold"}}, "service_tiers.flex is 'gold'"),
         ({"max_num_seqs": 600}, "max_num_batched_tokens is 512, below max_num_seqs"),
-        ({"speculation": 99}, "use auto, off, or 1 to 32"),
+        ({"speculation": 99}, "speculation.*less than or equal to 32"),
         ({"speculation": "sometimes"}, "speculation"),
         ({"slo_classes": [{"name": n, "priority": 1, "ttft_s": 1, "tpot_s": 1} for n in "aa"]}, "twice"),
     ],
@@ -74,6 +74,22 @@ def test_engine_sizes_that_cannot_work(changes: dict[str, Any], param: str) -> N
 def test_a_config_round_trips_through_serve_arguments() -> None:
     config = parse_config({"max_num_seqs": 5})
     assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_a_class_may_speculate_otherwise_than_the_rest() -> None:
+    classes = [{"name": n, "priority": 1, "ttft_s": 1, "tpot_s": 1} for n in ("critical", "normal", "bulk")]
+    classes[0]["speculation"], classes[1]["speculation"] = 5, "auto"
+    config = parse_config({"slo_classes": classes, "speculation": "off"})
+    assert [slo.speculation for slo in config.classes()] == [5, "auto", "off"]
+    assert config.drafts
+    assert not parse_config({"speculation": "off"}).drafts
+    assert not parse_config({"draft_model": "none"}).drafts
+
+
+def test_outcomes_are_prepared_by_a_draft_with_a_device_of_its_own() -> None:
+    assert parse_config({}).num_outcomes == 0
+    assert parse_config({"resources": {"verifier_gpus": 1, "draft_gpus": 1}}).num_outcomes == 8
+    assert parse_config({"pre_speculation": 3}).num_outcomes == 3
 
 
 def test_bundles() -> None:

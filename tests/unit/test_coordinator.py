@@ -1,8 +1,10 @@
 from fakes import NORMAL, InlineDrafter, make_request
 
+from tailserve.engine.cost import StepTimes
 from tailserve.engine.sequence import Sequence
 from tailserve.engine.speculation.coordinator import DraftCoordinator
 from tailserve.engine.speculation.drafter import DraftResult, DraftWork
+from tailserve.engine.speculation.policy import DraftPolicy
 from tailserve.engine.stats import EngineStats
 
 
@@ -16,9 +18,9 @@ class Recorder(InlineDrafter):
         self.sent.append(work)
         return super().send(work)
 
-    def receive(self, step: int, timeout_s: float) -> DraftResult | None:
+    def receive(self, number: int, timeout_s: float) -> DraftResult | None:
         self.waits.append(timeout_s)
-        return super().receive(step, timeout_s)
+        return super().receive(number, timeout_s)
 
 
 def running(row: int, tokens: list[int]) -> Sequence:
@@ -30,19 +32,19 @@ def running(row: int, tokens: list[int]) -> Sequence:
 
 def make() -> tuple[DraftCoordinator, Recorder, EngineStats]:
     drafter, stats = Recorder(), EngineStats()
-    return DraftCoordinator(drafter, num_tokens=3, timeout_s=0.5, stats=stats), drafter, stats
+    return DraftCoordinator(drafter, DraftPolicy(StepTimes()), timeout_s=0.5, stats=stats), drafter, stats
 
 
 def test_only_new_tokens_are_sent() -> None:
     coordinator, drafter, _ = make()
     seq = running(1, [1, 2, 3])
     coordinator.start(0, [seq])
-    coordinator.collect()
+    coordinator.collect([])
     seq.token_ids.append(4)
     seq.num_computed += 1
     seq.num_scheduled += 1
     coordinator.start(1, [seq])
-    coordinator.collect()
+    coordinator.collect([])
     coordinator.start(2, [])
     rows = [[(row.keep, row.token_ids) for row in work.rows] for work in drafter.sent]
     assert rows == [[(0, [1, 2, 3])], [(3, [4])], []]
@@ -63,15 +65,15 @@ def test_a_late_draft_is_waited_for_once() -> None:
     seq = running(1, [1, 2, 1])
     for step in range(4):
         coordinator.start(step, [seq])
-        assert coordinator.collect() == {}
+        assert coordinator.collect([]) == {}
     assert drafter.waits == [0.5, 0.0, 0.0, 0.0]
     assert len(drafter.sent) == 1
     assert stats.draft_timeouts == 1
     drafter.mute = False
-    assert coordinator.collect()[1].base_len == 3
+    assert coordinator.collect([])[1].base_len == 3
     for step in range(9, 12):
         coordinator.start(step, [seq])
-    assert coordinator.collect()
+    assert coordinator.collect([])
     assert drafter.waits[-1] == 0.5
 
 
@@ -81,9 +83,9 @@ def test_a_draft_that_is_always_late_is_asked_less_and_less() -> None:
     for step in range(200):
         coordinator.start(step, [seq])
         drafter.mute = True
-        coordinator.collect()
+        coordinator.collect([])
         drafter.mute = False
-        coordinator.collect()
+        coordinator.collect([])
     assert stats.draft_timeouts <= 8
 
 
@@ -91,10 +93,10 @@ def test_a_restarted_drafter_is_told_everything_again() -> None:
     coordinator, drafter, _ = make()
     seq = running(1, [1, 2, 3])
     coordinator.start(0, [seq])
-    coordinator.collect()
+    coordinator.collect([])
     drafter.dead = True
     coordinator.start(1, [seq])
-    assert coordinator.collect() == {}
+    assert coordinator.collect([]) == {}
     drafter.restart()
     coordinator.start(2, [seq])
     assert drafter.sent[-1].rows[0].keep == 0

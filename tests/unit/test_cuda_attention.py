@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tailserve.engine.model.attention import NAME, KVCache, Options, PackedSequences
 from tailserve.engine.model.cuda import CudaBackend
-from tailserve.engine.model.graphs import GraphedModel
+from tailserve.engine.model.graphs import GraphedModel, _Captured
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.options import LoadOptions
@@ -90,10 +90,10 @@ class Replayed:
 
 
 class OnCpu(GraphedModel):
-    def _capture(self, size: int, pool: object) -> tuple:  # type: ignore[type-arg]
+    def _capture(self, size: int, pool: object) -> _Captured:
         inputs = torch.zeros(self._layout(size)[-1], dtype=torch.int32)
         logits = torch.full((size, TINY["vocab_size"]), torch.nan)
-        return Replayed(self, size, inputs, logits), inputs, logits
+        return _Captured(Replayed(self, size, inputs, logits), inputs, logits, None)
 
 
 def test_a_graph_filled_up_to_its_size_equals_the_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ class FakeChannel:
         self.mute = False
 
     def send(self, work: DraftWork) -> bool:
-        self.answers.append(DraftResult(work.step, {}))
+        self.answers.append(DraftResult(work.number, {}))
         return True
 
     def receive(self, timeout_s: float) -> DraftResult | None:
@@ -55,8 +55,8 @@ def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DraftLink:
     return link
 
 
-def work(step: int) -> DraftWork:
-    return DraftWork(step, 3, [], [])
+def work(number: int) -> DraftWork:
+    return DraftWork(number, 0, [], [])
 
 
 def comes_back(link: DraftLink) -> None:

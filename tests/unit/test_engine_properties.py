@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 from fakes import Answers, FakeExecutor, InlineDrafter, engine_config, expected_answer, make_request, run_to_end
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tailserve.engine.engine import Engine
 from tailserve.engine.types import FinishReason
@@ -30,14 +33,26 @@ _other = st.tuples(
     drafts=st.booleans(),
     caching=st.booleans(),
     num_blocks=st.integers(16, 40),
+    moods=st.lists(st.booleans(), max_size=8),
 )
-def test_any_schedule(actions: list[tuple], drafts: bool, caching: bool, num_blocks: int) -> None:  # type: ignore[type-arg]
-    config = engine_config(
-        num_blocks=num_blocks, enable_prefix_caching=caching, num_speculative_tokens=3, max_num_batched_tokens=16
-    )
+def test_any_schedule(  # type: ignore[no-untyped-def]
+    actions: list[tuple],  # type: ignore[type-arg]
+    drafts: bool,
+    caching: bool,
+    num_blocks: int,
+    moods: list[bool],
+) -> None:
+    """`moods`: whether drafting pays, one question after the other; without any, a class asks for three tokens."""
+    config = engine_config(num_blocks=num_blocks, enable_prefix_caching=caching, max_num_batched_tokens=16)
+    if moods:
+        classes = tuple(replace(slo, speculation="auto") for slo in config.classes)
+        config = replace(config, classes=classes)
     now = 0.0
     executor, drafter = FakeExecutor(config), InlineDrafter()
     engine = Engine(config, executor, drafter if drafts else None, clock=lambda: now)
+    if moods:
+        answer = cycle(moods)
+        engine._policy.pays = lambda num_sequences: next(answer)  # type: ignore[method-assign]
     answers, requests = Answers(), {}
     for action in actions:
         match action[0]:

@@ -17,7 +17,7 @@ def test_the_example_configuration_is_valid() -> None:
     found = re.search(r"<!-- config -->\n```yaml\n(.*?)```", README, re.DOTALL)
     assert found is not None
     config = parse_config(yaml.safe_load(found[1]))
-    assert config.num_speculative_tokens == 4
+    assert config.speculation == 4
     assert config.resources.verifier_gpus == 1
 
 

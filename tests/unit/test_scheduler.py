@@ -15,7 +15,7 @@ class Clock:
 
 
 def make_engine(drafter: InlineDrafter | None = None, **config: object) -> tuple[Engine, FakeExecutor, Clock]:
-    settings = engine_config(**({"num_speculative_tokens": 3 if drafter else 0} | config))
+    settings = engine_config(**config)
     executor, clock = FakeExecutor(settings), Clock()
     return Engine(settings, executor, drafter, clock=clock), executor, clock
 
@@ -165,7 +165,7 @@ def test_a_class_without_speculation_gets_no_drafts() -> None:
     from fakes import CRITICAL, NORMAL
     from msgspec.structs import replace
 
-    engine, executor, _ = make_engine(InlineDrafter(oracle=True), classes=(CRITICAL, replace(NORMAL, speculate=False)))
+    engine, executor, _ = make_engine(InlineDrafter(oracle=True), classes=(CRITICAL, replace(NORMAL, speculation="off")))
     engine.add(make_request([1, 2, 3]))
     run_to_end(engine)
     assert not any(batch.drafts for batch in executor.batches)

@@ -1,0 +1,53 @@
+"""Which kind of draft an instance runs, and what the verifier must do for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from tailserve.cluster.config import TailserveConfig
+from tailserve.deployments.draft import DraftOptions
+from tailserve.deployments.models import resolve_model
+from tailserve.deployments.verifier import VerifierOptions
+from tailserve.engine.options import LoadOptions
+
+_EAGLE = "tailserve-eagle"
+
+
+class DraftPlan(NamedTuple):
+    verifier: VerifierOptions
+    draft: DraftOptions | None
+    """None: no draft at all."""
+
+
+def find_draft(config: TailserveConfig) -> Path | None:
+    """The directory of a draft, or None where it is not a model. ConfigError if there is no such directory or name."""
+    if not config.drafts or config.draft_model == "ngram":
+        return None
+    return resolve_model(config.draft_model)
+
+
+def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) -> DraftPlan:
+    """`options` are the verifier's; sockets go into `directory`."""
+    verifier = VerifierOptions(load=options, block_verification=config.verification == "block")
+    if not config.drafts:
+        return DraftPlan(verifier, None)
+    folder = find_draft(config)
+    if folder is None:
+        return DraftPlan(verifier, DraftOptions())
+    description = json.loads((folder / "config.json").read_text())
+    if description.get("model_type") != _EAGLE:
+        load = msgspec.structs.replace(options, path=str(folder), noise=config.draft_noise, num_blocks=None)
+        draft = DraftOptions(
+            kind="model", load=load, verifier=options.path, max_num_batched_tokens=config.max_num_batched_tokens
+        )
+        return DraftPlan(verifier, draft)
+    endpoint = f"ipc://{directory}/states"
+    layers = tuple(description["feature_layers"])
+    return DraftPlan(
+        msgspec.structs.replace(verifier, feature_layers=layers, states_endpoint=endpoint),
+        DraftOptions(kind="eagle", load=options, folder=str(folder), states_endpoint=endpoint),
+    )

@@ -1,0 +1,1 @@
+"""Makes a draft for a verifier out of nothing but the verifier."""

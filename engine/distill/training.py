@@ -1,0 +1,79 @@
+"""Teaches an EAGLE head the verifier's distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from tailserve.engine.distill.batches import TrainingBatch, group, read_batch
+from tailserve.engine.distill.corpus import Example
+from tailserve.engine.distill.states import StateFile
+from tailserve.engine.distill.unroll import Frozen, teacher_logits, unroll
+from tailserve.engine.model.eagle import EagleHead
+
+TOKENS_PER_BATCH = 2560
+"""Padding included."""
+DEPTH = 3
+"""Tokens that the head learns to draft in a row."""
+DECAY = 0.8
+"""Weight of each further one."""
+LEARNING_RATE = 1e-3
+WARM_UP = 0.04
+"""Of all steps."""
+CHECKPOINT_STEPS = 100
+
+
+def train(
+    head: EagleHead, frozen: Frozen, examples: Sequence[Example], states: StateFile, *, passes: int, folder: Path
+) -> None:
+    """Trains in place; an interrupted run goes on from its last checkpoint in `folder`."""
+    chosen = [n for n, example in enumerate(examples) if not example.held_out]
+    groups = [part for seed in range(passes) for part in group(examples, chosen, seed, TOKENS_PER_BATCH)]
+    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(groups)))
+    checkpoint = folder / "checkpoint.pt"
+    parts: dict[str, Any] = {"head": head, "optimizer": optimizer, "schedule": schedule}
+    done = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        done = saved.pop("step")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    mean = math.nan
+    with tqdm(total=len(groups), initial=done, desc="training", unit="step") as bar:
+        for step in range(done, len(groups)):
+            loss = _loss(head, frozen, read_batch(examples, states, groups[step]))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
+            bar.update()
+            bar.set_postfix(loss=f"{mean:.3f}")
+            if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == len(groups):
+                state = {name: part.state_dict() for name, part in parts.items()}
+                torch.save({"step": step + 1, **state}, checkpoint.with_suffix(".new"))
+                checkpoint.with_suffix(".new").rename(checkpoint)
+
+
+def _rate(step: int, steps: int) -> float:
+    """A linear warm-up, then a cosine down to a twentieth."""
+    return min((step + 1) / (WARM_UP * steps), 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def _loss(head: EagleHead, frozen: Frozen, batch: TrainingBatch) -> torch.Tensor:
+    """Cross-entropy per token against the verifier's distribution over the draft's tokens, over the steps in a row."""
+    with torch.autocast(batch.features.device.type, torch.bfloat16):
+        target = teacher_logits(frozen, batch, frozen.head).float().softmax(-1)
+        total = torch.zeros(())
+        for step, logits in enumerate(unroll(head, frozen, batch, DEPTH)):
+            logprobs = logits.float().log_softmax(-1)
+            total = total - DECAY**step * (target * logprobs).sum(-1).mean()
+    return total / sum(DECAY**step for step in range(DEPTH))

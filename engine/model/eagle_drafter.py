@@ -1,0 +1,165 @@
+"""Drafts with an EAGLE head: rows of the verifier's hidden states, and guesses that go on from the head's own output."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from tailserve.engine.blocks import BlockPool
+from tailserve.engine.model.proposals import Proposal, extend
+from tailserve.engine.model.spans import Span
+from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftRow, DraftWork, RowStates, StateMessage
+
+WINDOW = 512
+"""Positions that the head looks back: about what it was trained on."""
+EAGER_TOKENS = 16
+"""So many tokens of one row, those of a prompt, are read as they come; fewer wait until a draft is asked for."""
+KIND = "eagle"
+
+
+class HeadModel(Protocol):
+    """Computes the head. The caller owns the blocks of its cache."""
+
+    num_blocks: int
+    block_size: int
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """A state [n, C] for each token's hidden states [n, F * C] of the verifier."""
+
+    def step(self, spans: Sequence[Span], states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's output [R, C] and float32 logits [R, draft vocab] of the last `num_logits` tokens of each span.
+
+        A span's tokens are those behind the `states` [T, C].
+        """
+
+
+@dataclass
+class _Row:
+    """Positions from `start` on: first those in the cache, then those whose states wait to be read."""
+
+    start: int
+    num_cached: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    """Of the waiting: the token behind each."""
+    states: list[torch.Tensor] = field(default_factory=list)
+    """Of the waiting, fused: [n, C] each."""
+    block_ids: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_cached + len(self.token_ids)
+
+
+class Chain(Proposal):
+    """A draft that goes on from the head's own output."""
+
+    def __init__(self, asked: DraftRow, row: _Row) -> None:
+        super().__init__(asked, KIND)
+        self.cached = row
+        self.place = 0
+        """Its place among the states of the last step that it was part of."""
+
+
+class EagleDrafter:
+    """`tailserve.engine.speculation.drafter.DraftModel`. A row whose states are missing gets no draft until they come.
+
+    A row begins with the first states that arrive for it (a cached prompt has none) and begins anew behind a gap.
+    """
+
+    def __init__(self, model: HeadModel, tokens: Sequence[int]) -> None:
+        """`tokens`: the verifier's ids of the tokens that the head knows."""
+        self._model = model
+        self._tokens = tokens
+        self._pool = BlockPool(model.num_blocks, model.block_size, enable_prefix_caching=False)
+        self._rows: dict[int, _Row] = {}
+        self.last_step = -1
+        """The newest step whose states are here."""
+
+    @torch.inference_mode()
+    def take(self, message: StateMessage) -> None:
+        """Keeps states; those of prompts are read at once, so that the first draft need not."""
+        self.last_step = message.step
+        for number in message.leaves:
+            self._drop(number)
+        for entry in message.rows:
+            row = self._rows.get(entry.row)
+            if row is None or row.end != entry.start:
+                self._drop(entry.row)
+                row = self._rows[entry.row] = _Row(entry.start)
+            row.token_ids += entry.next_tokens
+            row.states.append(self._fuse(entry))
+            if not self._reserve(row, 0):
+                self._drop(entry.row)
+            elif len(row.token_ids) >= EAGER_TOKENS:
+                self._read([row])
+
+    @torch.inference_mode()
+    def run(self, work: DraftWork) -> DraftResult:
+        """See `DraftModel.run`."""
+        begin = time.perf_counter()
+        for number in work.leaves:
+            self._drop(number)
+        drafts = self.go_on(self.begin(work.rows), work.least)
+        return DraftResult(work.number, drafts, time.perf_counter() - begin)
+
+    @torch.inference_mode()
+    def begin(self, entries: Sequence[DraftRow]) -> dict[int, Chain]:
+        """Row to a draft of one token, for rows whose states are there."""
+        chains = {}
+        for entry in entries:
+            row = self._rows.get(entry.row)
+            base_len = entry.keep + len(entry.token_ids)
+            if row is not None and row.token_ids and row.end == base_len - 1 and self._reserve(row, entry.num_tokens):
+                chains[entry.row] = Chain(entry, row)
+        if chains:
+            self._add(list(chains.values()), *self._read([chain.cached for chain in chains.values()]))
+        return chains
+
+    @torch.inference_mode()
+    def go_on(self, chains: dict[int, Chain], least: float) -> dict[int, Draft]:
+        """Adds tokens while they are likely enough to be reached, and not too many. Takes what `begin` made, or a part."""
+        alive = list(chains.values())
+        while alive := [chain for chain in alive if chain.goes_on(least)]:
+            spans = [
+                Span(chain.token_ids[-1:], chain.cached.num_cached + len(chain.token_ids) - 1, chain.cached.block_ids, 1)
+                for chain in alive
+            ]
+            self._add(alive, *self._model.step(spans, self._states[[chain.place for chain in alive]]))
+        return {number: chain.draft for number, chain in chains.items()}
+
+    def _add(self, chains: Sequence[Chain], states: torch.Tensor, logits: torch.Tensor) -> None:
+        self._states = states
+        extend(chains, logits, self._tokens)
+        for place, chain in enumerate(chains):
+            chain.place = place
+
+    def _read(self, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts waiting states into the cache; what the head makes of the last of each."""
+        spans = [Span(row.token_ids, row.num_cached, row.block_ids, 1) for row in rows]
+        result = self._model.step(spans, torch.cat([states for row in rows for states in row.states]))
+        for row in rows:
+            row.num_cached += len(row.token_ids)
+            row.token_ids, row.states = [], []
+        return result
+
+    def _fuse(self, entry: RowStates) -> torch.Tensor:
+        features = torch.frombuffer(bytearray(entry.data), dtype=torch.bfloat16)
+        return self._model.fuse(features.view(len(entry.next_tokens), -1))
+
+    def _reserve(self, row: _Row, more: int) -> bool:
+        size = self._pool.block_size
+        need = math.ceil((row.num_cached + len(row.token_ids) + more) / size) - len(row.block_ids)
+        if need > self._pool.num_free:
+            return False
+        row.block_ids += self._pool.allocate(max(need, 0))
+        return True
+
+    def _drop(self, number: int) -> None:
+        row = self._rows.pop(number, None)
+        if row is not None:
+            self._pool.release(row.block_ids)

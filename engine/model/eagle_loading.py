@@ -1,0 +1,101 @@
+"""From a head's folder and its verifier's to a drafter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from tailserve.engine.errors import ConfigError
+from tailserve.engine.model.avx512 import HAS_INT8_DOT
+from tailserve.engine.model.compiled import head_is_cached
+from tailserve.engine.model.eagle import EagleHead, load_eagle
+from tailserve.engine.model.eagle_compiled import CompiledHead, can_compile_head
+from tailserve.engine.model.eagle_drafter import WINDOW, EagleDrafter, HeadModel
+from tailserve.engine.model.eagle_torch import TorchHead
+from tailserve.engine.model.loading import choose_backend, resolve_device, resolve_dtype
+from tailserve.engine.options import LoadOptions
+
+logger = logging.getLogger(__name__)
+
+
+def load_eagle_drafter(folder: Path, verifier: LoadOptions, *, num_blocks: int) -> EagleDrafter:
+    """A drafter for the verifier that is loaded so. ConfigError if the head was made for another."""
+    head = load_eagle(folder)
+    device = resolve_device(verifier.device)
+    text = AutoConfig.from_pretrained(verifier.path).get_text_config(decoder=True)
+    head.check_fits(text.hidden_size, text.vocab_size, text.num_hidden_layers)
+    dtype = resolve_dtype(verifier, text)
+    embedding, lm_head = (weight.to(device) for weight in borrowed_weights(Path(verifier.path), dtype))
+    max_model_len = verifier.max_model_len or text.max_position_embeddings
+    model = make_head_model(
+        head.to(device), embedding, lm_head, verifier, num_blocks=num_blocks, max_model_len=max_model_len
+    )
+    return EagleDrafter(model, head.draft_tokens.tolist())
+
+
+def make_head_model(
+    head: EagleHead,
+    embedding: torch.Tensor,
+    lm_head: torch.Tensor,
+    options: LoadOptions,
+    *,
+    num_blocks: int,
+    max_model_len: int,
+) -> HeadModel:
+    """The fastest that takes the head. `embedding` and `lm_head` [vocab, C] are the verifier's."""
+    rows = lm_head[head.draft_tokens]
+    threads = options.num_threads or os.cpu_count() or 1
+    wanted = options.attention_backend in ("auto", "compiled") and embedding.device.type == "cpu"
+    compiles = wanted and can_compile_head(head, embedding.dtype, options.block_size)
+    if compiles and not head_is_cached(embedding.dtype):
+        logger.info("the draft's code is being compiled for the next start; until then PyTorch runs it")
+        kind = str(embedding.dtype).removeprefix("torch.")
+        subprocess.Popen([sys.executable, "-m", "tailserve.engine.model.compiled", kind, "none"])
+    elif compiles:
+        torch.set_num_threads(1)
+        return CompiledHead(
+            head,
+            embedding,
+            rows,
+            num_blocks=num_blocks,
+            block_size=options.block_size,
+            max_model_len=max_model_len,
+            window=WINDOW,
+            num_threads=threads,
+            int8=HAS_INT8_DOT,
+        )
+    if embedding.device.type == "cpu":
+        torch.set_num_threads(threads)
+    # A whole decoder is compiled for verifiers only.
+    options = msgspec.structs.replace(options, attention_backend=options.attention_backend.replace("compiled", "auto"))
+    backend = choose_backend(options, embedding.device, embedding.dtype)
+    return TorchHead(head, embedding, rows, backend, num_blocks=num_blocks, block_size=options.block_size, window=WINDOW)
+
+
+def borrowed_weights(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A checkpoint's embedding and head [vocab, C], and nothing else of it. ConfigError if it names them unusually."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        places = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    else:
+        file = folder / "model.safetensors"
+        with safe_open(file, "pt") as tensors:
+            places = dict.fromkeys(tensors.keys(), file)
+    found: list[torch.Tensor] = []
+    for ending in ("embed_tokens.weight", "lm_head.weight"):
+        name = next((name for name in places if name.endswith(ending)), None)
+        if name is None and not found:
+            raise ConfigError(f"{folder} has no tensor named ...{ending}, which an EAGLE draft needs", param="draft_model")
+        if name is not None:
+            with safe_open(places[name], "pt") as tensors:
+                found.append(tensors.get_tensor(name).to(dtype))
+    return found[0], found[-1]

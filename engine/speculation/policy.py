@@ -1,0 +1,123 @@
+"""How much to draft and to verify, by what it costs and what it brings.
+
+The rule is vLLM's adaptive verification and TurboSpec's goodput (Liu et al., arXiv 2406.14066): over the whole batch, take
+the draft tokens that are likeliest to be reached and accepted while expected tokens per second grow. Whether to draft at all
+follows from measured tokens per second: speculation must never make anything slower.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from tailserve.engine.cost import StepTimes
+
+WEIGHT = 0.1
+"""Of the newest step in the running means."""
+TRIAL = 8
+"""Steps with drafts before it is judged whether they pay."""
+FIRST_REST, LONGEST_REST = 64, 1024
+"""Steps without drafts after that, twice as many each time."""
+FEW = 2
+"""With so few sequences each new one gets a trial of its own."""
+
+
+class _Record:
+    """Experience with about so many sequences."""
+
+    def __init__(self) -> None:
+        self.tokens = self.seconds = 0.0
+        """Running means of a step with drafts."""
+        self.seen = 0
+        self.rest = 0
+        self.next_rest = FIRST_REST
+        self.draft_s = 0.0
+        """For a whole draft."""
+        self.token_s = 0.0
+        """For one token more of all sequences."""
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second with drafts."""
+        return self.tokens / self.seconds if self.seconds else None
+
+    def begin_trial(self) -> None:
+        self.tokens = self.seconds = 0.0
+        self.seen = 0
+
+
+class DraftPolicy:
+    """One instance's decisions. Sequences are counted in powers of two: close numbers behave alike."""
+
+    def __init__(self, times: StepTimes) -> None:
+        self._times = times
+        self._records: dict[int, _Record] = defaultdict(_Record)
+        self._gap_s = 0.0005
+        """Between two steps without drafts."""
+
+    def pays(self, num_sequences: int) -> bool:
+        """Whether to draft for a batch of this size now."""
+        return self._records[num_sequences.bit_length()].rest == 0
+
+    def least(self, num_sequences: int) -> float:
+        """The survival below which one more draft token brings less than the time it takes is worth."""
+        record = self._records[num_sequences.bit_length()]
+        now, longer = self._times.predict(num_sequences), self._times.predict(2 * num_sequences)
+        if now is None or longer is None or record.rate is None:
+            return 0.1
+        return min(max(record.rate * (longer - now + record.token_s) / num_sequences, 0.05), 0.9)
+
+    def choose(self, num_sequences: int, num_tokens: int, survivals: Mapping[int, Sequence[float]]) -> dict[int, int]:
+        """Row to how many of its draft tokens to verify, beside `num_tokens` tokens that make one for each sequence."""
+        offers = sorted(
+            ((s, -place, row) for row, chances in survivals.items() for place, s in enumerate(chances)), reverse=True
+        )
+        drafting = self._records[num_sequences.bit_length()].draft_s
+        step = self._times.predict(num_tokens)
+        counts = dict.fromkeys(survivals, 0)
+        if step is None:
+            return {row: len(chances) for row, chances in survivals.items()}
+        best_rate, best = num_sequences / (step + drafting), 0
+        expected = float(num_sequences)
+        for count, (survival, _, _) in enumerate(offers, 1):
+            expected += survival
+            rate = expected / ((self._times.predict(num_tokens + count) or step) + drafting)
+            if rate > best_rate:
+                best_rate, best = rate, count
+        for _, _, row in offers[:best]:
+            counts[row] += 1
+        return counts
+
+    def note_draft(self, num_sequences: int, longest: int, seconds: float) -> None:
+        """A draft of at most `longest` tokens for each sequence took so long."""
+        record = self._records[num_sequences.bit_length()]
+        record.draft_s += WEIGHT * (seconds - record.draft_s) if record.draft_s else seconds
+        token_s = seconds / max(longest, 1)
+        record.token_s += WEIGHT * (token_s - record.token_s) if record.token_s else token_s
+
+    def note_arrival(self, num_sequences: int) -> None:
+        """A sequence begins to generate: it need not be like those before it."""
+        if num_sequences <= FEW:
+            record = self._records[num_sequences.bit_length()]
+            record.rest = 0
+            record.begin_trial()
+
+    def note_step(self, num_sequences: int, num_tokens: int, elapsed_s: float, step_s: float, *, drafted: bool) -> None:
+        """A step that only generates made `num_tokens`, `elapsed_s` after the one before it; the verifier took `step_s`."""
+        record = self._records[num_sequences.bit_length()]
+        if not drafted:
+            self._gap_s += WEIGHT * (max(elapsed_s - step_s, 0.0) - self._gap_s)
+            record.rest = max(record.rest - 1, 0)
+            return
+        record.seen += 1
+        weight = max(WEIGHT, 1 / record.seen)
+        record.tokens += weight * (num_tokens - record.tokens)
+        record.seconds += weight * (elapsed_s - record.seconds)
+        step = self._times.predict(num_sequences)
+        if record.seen < TRIAL or step is None or record.rate is None:
+            return
+        if record.rate < num_sequences / (step + self._gap_s):
+            record.rest, record.next_rest = record.next_rest, min(2 * record.next_rest, LONGEST_REST)
+            record.begin_trial()
+        elif record.seen > 4 * TRIAL:
+            record.next_rest = FIRST_REST

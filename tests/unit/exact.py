@@ -1,0 +1,82 @@
+"""Whether sampled answers follow a model's distribution exactly, with any draft and rule of verification."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import torch
+import transformers
+from fakes import make_request, run_to_end
+from local import Models
+from tiny import TINY, save_model
+
+RULES: list[tuple[str | float, str]] = [
+    ("none", "one_hot"),
+    (0.3, "one_hot"),
+    (0.3, "token"),
+    (0.3, "block"),
+]
+"""Draft, and how it is verified. Without chance in a draft (n-grams, say) answers are compared token by token elsewhere."""
+
+
+def check_three_tokens(folder: Path, draft: str | float, rule: str, *, in_flight: int, seeds: int) -> None:
+    """Many seeds on a model of 6 tokens, against all 216 answers and their probabilities.
+
+    The statistic is chi-square over answers expected at least 5 times, the others pooled. Its threshold is the value that
+    a correct sampler exceeds for one choice of seeds in 100,000; the seeds are fixed, so there is no false alarm in CI.
+    """
+    config = transformers.LlamaConfig(**(TINY | {"vocab_size": 6, "pad_token_id": None}))
+    models = Models(save_model(config, folder), num_blocks=400, block_size=8, max_model_len=32)
+    prompt, count = [3, 1, 3, 1], seeds
+    fields = {"temperature": 1.3, "top_k": 5, "top_p": 0.95}
+    exact = _exact(models, prompt, temperature=1.3, top_k=5, top_p=0.95)
+    engine = models.engine(draft, max_num_seqs=in_flight, sampled_drafts=rule != "one_hot", block=rule == "block")
+    for seed in range(seeds):
+        engine.add(make_request(prompt, id=str(seed), seed=seed, max_tokens=3, **fields))
+    seen = Counter(tuple(tokens) for tokens in run_to_end(engine, max_steps=10_000).tokens.values())
+    assert set(seen) <= set(exact)
+    common = {answer: p * count for answer, p in exact.items() if p * count >= 5}
+    rest = count - sum(common.values())
+    statistic = sum((seen[answer] - mean) ** 2 / mean for answer, mean in common.items())
+    statistic += (sum(seen.values()) - sum(seen[a] for a in common) - rest) ** 2 / max(rest, 1e-9)
+    freedom = len(common)
+    # Wilson and Hilferty's approximation of the chi-square quantile at 1 - 1e-5 (4.265 normal deviations).
+    threshold = freedom * (1 - 2 / (9 * freedom) + 4.265 * (2 / (9 * freedom)) ** 0.5) ** 3
+    assert statistic < threshold
+    if draft != "none":
+        assert engine.stats.accepted_draft_tokens > 0
+
+
+def _exact(
+    models: Models, prompt: list[int], *, temperature: float, top_k: int, top_p: float
+) -> dict[tuple[int, ...], float]:
+    """Probability of each possible answer of three tokens, from transformers' own logits and a sort."""
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(models.path, dtype=torch.float32)
+
+    def step(tokens: list[int]) -> list[float]:
+        with torch.no_grad():
+            probs = (oracle(torch.tensor([tokens])).logits[0, -1] / temperature).softmax(-1).tolist()
+        ranked = sorted(range(6), key=lambda token: -probs[token])[:top_k]
+        total = sum(probs[token] for token in ranked)
+        kept, mass = [], 0.0
+        for token in ranked:
+            if mass >= top_p * total:
+                break
+            kept.append(token)
+            mass += probs[token]
+        return [probs[token] / mass if token in kept else 0.0 for token in range(6)]
+
+    result: dict[tuple[int, ...], float] = {}
+    after: dict[tuple[int, ...], list[float]] = {}
+    for answer in product(range(6), repeat=3):
+        probability = 1.0
+        for length in range(3):
+            seen = answer[:length]
+            if seen not in after:
+                after[seen] = step(prompt + list(seen))
+            probability *= after[seen][answer[length]]
+        if probability > 0:
+            result[answer] = probability
+    return result

@@ -1,0 +1,40 @@
+import pytest
+
+from tailserve.engine.cost import StepTimes
+
+PROFILE = [(1, 0.010), (8, 0.012), (32, 0.030)]
+
+
+def test_nothing_is_known_before_the_first_step() -> None:
+    assert StepTimes().predict(4) is None
+
+
+def test_between_sizes_it_interpolates() -> None:
+    times = StepTimes([(8, 0.010), (16, 0.020)])
+    assert times.predict(12) == pytest.approx(0.015)
+    assert times.predict(8) == pytest.approx(0.010)
+
+
+def test_a_profile_holds_until_steps_say_otherwise() -> None:
+    times = StepTimes([(size, 0.01 + 0.0005 * size) for size in (1, 2, 4, 8, 16, 32, 64)])
+    for _ in range(50):
+        times.observe(8, 0.028)
+    assert times.predict(8) == pytest.approx(0.028, rel=0.02)
+    # What slowed one size down slowed the others down as well.
+    assert times.predict(4) > 1.1 * 0.012  # type: ignore[operator]
+
+
+def test_more_tokens_never_take_less_time() -> None:
+    times = StepTimes([(size, 0.01) for size in (1, 2, 4, 8, 16)])
+    for _ in range(20):
+        times.observe(2, 0.05)
+    predictions = [times.predict(n) for n in range(1, 17)]
+    assert predictions == sorted(predictions)  # type: ignore[type-var]
+
+
+def test_one_slow_step_does_not_count_for_all() -> None:
+    times = StepTimes([(size, 0.01) for size in (1, 2, 4, 8, 16)])
+    times.observe(1, 5.0)
+    for _ in range(40):
+        times.observe(1, 0.01)
+    assert times.predict(1) < 0.02  # type: ignore[operator]

@@ -1,0 +1,153 @@
+"""How many tokens to draft and to verify, against costs and chances that the test sets."""
+
+import itertools
+import random
+
+import pytest
+from fakes import Answers, FakeExecutor, InlineDrafter, engine_config, make_request
+from msgspec.structs import replace
+
+from tailserve.engine.cost import StepTimes
+from tailserve.engine.engine import Engine
+from tailserve.engine.speculation.acceptance import Acceptance, OwnRecord
+from tailserve.engine.speculation.drafter import Draft
+from tailserve.engine.speculation.policy import LONGEST_REST, TRIAL, DraftPolicy
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def times(base: float, per_token: float) -> StepTimes:
+    return StepTimes([(size, base + per_token * size) for size in SIZES])
+
+
+def test_the_choice_is_the_best_of_all_choices() -> None:
+    """Against every combination of prefixes, on small random batches."""
+    chance = random.Random(0)
+    for _ in range(60):
+        cost = times(0.01, chance.choice([0.0001, 0.001, 0.003, 0.008]))
+        survivals = {
+            row: list(itertools.accumulate([chance.uniform(0.2, 0.95) for _ in range(3)], lambda a, b: a * b))
+            for row in range(3)
+        }
+
+        def rate(counts: dict[int, int], cost: StepTimes = cost, survivals: dict[int, list[float]] = survivals) -> float:
+            expected = 3 + sum(sum(survivals[row][:count]) for row, count in counts.items())
+            return expected / (cost.predict(3 + sum(counts.values())) or 1)
+
+        chosen = DraftPolicy(cost).choose(3, 3, survivals)
+        best = max(rate(dict(enumerate(counts))) for counts in itertools.product(range(4), repeat=3))
+        # The costs are interpolated between sizes, so the best is a prefix of the sorted offers but for their corners.
+        assert rate(chosen) > 0.98 * best
+
+
+def test_cheap_tokens_are_all_verified_and_dear_ones_not_at_all() -> None:
+    survivals = {0: [0.9, 0.8], 1: [0.5, 0.2]}
+    assert DraftPolicy(times(0.01, 0.0)).choose(2, 2, survivals) == {0: 2, 1: 2}
+    assert DraftPolicy(times(0.0, 0.01)).choose(2, 2, survivals) == {0: 0, 1: 0}
+
+
+def test_without_known_costs_everything_is_verified() -> None:
+    assert DraftPolicy(StepTimes()).choose(1, 1, {0: [0.1, 0.1]}) == {0: 2}
+
+
+def test_drafting_rests_where_it_does_not_pay_and_longer_each_time() -> None:
+    policy = DraftPolicy(times(0.01, 0.0))
+    rests = []
+    for _ in range(4):
+        for _ in range(TRIAL):
+            assert policy.pays(8)
+            policy.note_step(8, 8, 0.02, 0.01, drafted=True)
+        steps = 0
+        while not policy.pays(8):
+            policy.note_step(8, 8, 0.0101, 0.01, drafted=False)
+            steps += 1
+        rests.append(steps)
+    assert rests == [64, 128, 256, 512]
+    assert LONGEST_REST >= 512
+    assert policy.pays(1), "another number of sequences has its own record"
+
+
+def test_drafting_goes_on_where_it_pays() -> None:
+    policy = DraftPolicy(times(0.01, 0.0))
+    for _ in range(100):
+        policy.note_step(8, 16, 0.015, 0.012, drafted=True)
+        assert policy.pays(8)
+
+
+def test_a_lone_newcomer_gets_a_trial_of_its_own() -> None:
+    policy = DraftPolicy(times(0.01, 0.0))
+    for _ in range(TRIAL):
+        policy.note_step(1, 1, 0.02, 0.01, drafted=True)
+    assert not policy.pays(1)
+    policy.note_arrival(1)
+    assert policy.pays(1)
+
+
+def test_confidence_is_what_it_turns_out_to_be() -> None:
+    acceptance = Acceptance()
+    boasting = Draft(10, [1], [0.95], kind="model")
+    for turn in range(400):
+        acceptance.observe(boasting, 1, turn % 2, OwnRecord())
+    assert acceptance.survivals(boasting, OwnRecord())[0] == pytest.approx(0.5, abs=0.05)
+    assert acceptance.survivals(Draft(10, [1], [0.95], kind="other"), OwnRecord())[0] > 0.9
+
+
+def test_survival_is_a_product() -> None:
+    chances = Acceptance().survivals(Draft(10, [1, 2, 3], [0.85, 0.55, 0.25]), OwnRecord())
+    assert chances == pytest.approx([0.85, 0.85 * 0.55, 0.85 * 0.55 * 0.25])
+
+
+def test_a_sequence_that_fares_worse_is_expected_to() -> None:
+    acceptance, record = Acceptance(), OwnRecord()
+    draft = Draft(10, [1, 2], [0.8, 0.8])
+    before = acceptance.survivals(draft, record)[0]
+    for _ in range(20):
+        acceptance.observe(draft, 2, 0, record)
+    assert acceptance.survivals(draft, record)[0] < before / 2
+    # What lies behind the first wrong token says nothing.
+    record = OwnRecord()
+    acceptance.observe(draft, 2, 0, record)
+    assert record.expected < 5
+
+
+class Clocked(FakeExecutor):
+    """Takes as long as its number of tokens says, on a clock that only moves so."""
+
+    def __init__(self, config, base: float, per_token: float) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(config)
+        self.now = 0.0
+        self._cost = (base, per_token)
+
+    def poll(self, timeout_s: float | None = None):  # type: ignore[no-untyped-def]
+        result = super().poll(timeout_s)
+        if result is None:
+            return None
+        batch = next(batch for batch in self.batches if batch.step == result.step)
+        count = sum(batch.lengths) + sum(map(len, batch.drafts.values()))
+        seconds = self._cost[0] + self._cost[1] * count
+        self.now += seconds
+        return replace(result, duration_s=seconds)
+
+
+@pytest.mark.parametrize(("per_token", "pays"), [(0.00001, True), (0.01, False)])
+def test_an_engine_speculates_by_itself_where_it_pays(per_token: float, pays: bool) -> None:
+    classes = engine_config().classes
+    config = engine_config(
+        classes=tuple(replace(slo, speculation="auto") for slo in classes),
+        max_model_len=400,
+        num_blocks=800,
+        max_num_batched_tokens=64,
+        step_profile=tuple((size, 0.01 + per_token * size) for size in SIZES),
+    )
+    executor = Clocked(config, 0.01, per_token)
+    engine = Engine(config, executor, InlineDrafter(oracle=pays), clock=lambda: executor.now)
+    for n in range(3):
+        engine.add(make_request([n + 1, n + 2], max_tokens=300))
+    answers = Answers()
+    while engine.has_work:
+        answers.take(engine.step())
+    drafted = [batch for batch in executor.batches if batch.drafts]
+    if pays:
+        assert len(executor.batches) < 60, "nine tokens a step"
+    else:
+        assert len(drafted) < len(executor.batches) / 10
