@@ -117,6 +117,9 @@ class DraftPolicy:
         if record.seen < TRIAL or step is None or record.rate is None:
             return
         if record.rate < num_sequences / (step + self._gap_s):
+            if num_sequences <= FEW:
+                # What a lone answer has been like says little of what it will be, and little is lost by asking.
+                record.next_rest = TRIAL
             record.rest, record.next_rest = record.next_rest, min(2 * record.next_rest, LONGEST_REST)
             record.begin_trial()
         elif record.seen > 4 * TRIAL:
