@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.types import SloClass
 
-Speculation = Literal["auto", "off"] | Annotated[int, Field(ge=1, le=32)]
+
+def _check_speculation(value: object) -> object:
+    if value in ("auto", "off") or (isinstance(value, int) and 0 <= value <= 32):
+        return value
+    raise ValueError(f"{value!r} is no number of draft tokens: use auto, off, or 1 to 32 draft tokens")
+
+
+Speculation = Annotated[Literal["auto", "off"] | int, BeforeValidator(_check_speculation)]
 
 
 class _Strict(BaseModel):
@@ -31,7 +38,9 @@ class SloClassConfig(_Strict):
 
     def to_engine(self, speculation: Speculation) -> SloClass:
         """`speculation`: of the deployment."""
-        return SloClass(**(self.model_dump() | {"speculation": self.speculation or speculation}))
+        return SloClass(
+            **(self.model_dump() | {"speculation": speculation if self.speculation is None else self.speculation})
+        )
 
 
 class Resources(_Strict):
@@ -126,7 +135,7 @@ class TailserveConfig(_Strict):
     @property
     def drafts(self) -> bool:
         """Whether an instance has a draft."""
-        return self.draft_model != "none" and any(slo.speculation != "off" for slo in self.classes())
+        return self.draft_model != "none" and any(slo.speculation not in ("off", 0) for slo in self.classes())
 
     @property
     def num_outcomes(self) -> int:

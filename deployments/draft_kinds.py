@@ -12,15 +12,15 @@ from tailserve.cluster.config import TailserveConfig
 from tailserve.deployments.draft import DraftOptions
 from tailserve.deployments.models import resolve_model
 from tailserve.deployments.verifier import VerifierOptions
-from tailserve.engine.options import LoadOptions
-
-_EAGLE = "tailserve-eagle"
+from tailserve.engine.options import EAGLE_MODEL_TYPE, LoadOptions
 
 
 class DraftPlan(NamedTuple):
     verifier: VerifierOptions
     draft: DraftOptions | None
     """None: no draft at all."""
+    num_outcomes: int = 0
+    """See `EngineConfig`."""
 
 
 def find_draft(config: TailserveConfig) -> Path | None:
@@ -39,12 +39,12 @@ def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) ->
     if folder is None:
         return DraftPlan(verifier, DraftOptions())
     description = json.loads((folder / "config.json").read_text())
-    if description.get("model_type") != _EAGLE:
+    if description.get("model_type") != EAGLE_MODEL_TYPE:
         load = msgspec.structs.replace(options, path=str(folder), noise=config.draft_noise, num_blocks=None)
         draft = DraftOptions(
             kind="model", load=load, verifier=options.path, max_num_batched_tokens=config.max_num_batched_tokens
         )
-        return DraftPlan(verifier, draft)
+        return DraftPlan(verifier, draft, config.num_outcomes)
     endpoint = f"ipc://{directory}/states"
     layers = tuple(description["feature_layers"])
     return DraftPlan(

@@ -76,9 +76,7 @@ class Router:
             plan.verifier, load=msgspec.structs.replace(options, num_blocks=self._info.num_blocks)
         )
         self._draft = None if plan.draft is None else self._start_draft(plan.draft)
-        engine_config = engine_settings(config, self._info)
-        if plan.draft is None or plan.draft.kind != "model":
-            engine_config = msgspec.structs.replace(engine_config, num_outcomes=0)
+        engine_config = engine_settings(config, self._info, num_outcomes=plan.num_outcomes)
         self._engine = Engine(engine_config, self._executor, self._draft)
         self._loop = EngineLoop(self._engine, engine_config.classes, self._outboxes.publish)
 
@@ -191,8 +189,11 @@ def load_options(config: TailserveConfig) -> LoadOptions:
     )
 
 
-def engine_settings(config: TailserveConfig, info: ModelInfo) -> EngineConfig:
-    """The engine's configuration, once the model is known. ConfigError for sizes that cannot work together."""
+def engine_settings(config: TailserveConfig, info: ModelInfo, *, num_outcomes: int = 0) -> EngineConfig:
+    """The engine's configuration, once the model is known. ConfigError for sizes that cannot work together.
+
+    `num_outcomes`: see there.
+    """
     mixed = config.max_mixed_tokens or (_CPU_MIXED_TOKENS if info.device == "cpu" else config.max_num_batched_tokens)
     return EngineConfig(
         classes=config.classes(),
@@ -204,7 +205,7 @@ def engine_settings(config: TailserveConfig, info: ModelInfo) -> EngineConfig:
         block_size=info.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
         step_profile=info.step_profile,
-        num_outcomes=config.num_outcomes,
+        num_outcomes=num_outcomes,
         sampled_drafts=config.verification != "one_hot",
         draft_timeout_s=config.timeouts.draft_s,
     )

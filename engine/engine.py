@@ -37,6 +37,8 @@ class _UnderWay(NamedTuple):
     only_generates: bool
     drafted: bool
     """Drafts were asked for, whether or not there were any."""
+    states: bool
+    """The draft gets hidden states of it."""
     has_drafts: bool
 
 
@@ -140,7 +142,7 @@ class Engine:
         chunks = self.scheduler.commit(result)
         self._note_step(done, result)
         if self.drafts and not self._under_way:
-            self.drafts.start(result.step, self.scheduler.residency.running, states=done.drafted)
+            self.drafts.start(result.step, self.scheduler.residency.running, states=done.states)
         return chunks
 
     @property
@@ -162,8 +164,10 @@ class Engine:
 
     def _schedule(self) -> None:
         drafts = self.drafts.collect(self.scheduler.residency.running) if self.drafts else {}
-        wanted = self.drafts is not None and self.drafts.wanted(self.scheduler.residency.running)
-        batch = self.scheduler.schedule(self._clock(), drafts, states=wanted)
+        running = self.scheduler.residency.running
+        wanted = self.drafts is not None and self.drafts.wanted(running)
+        states = self.drafts is not None and self.drafts.wants_states(running)
+        batch = self.scheduler.schedule(self._clock(), drafts, states=states)
         # Without anything to put behind it, the step that runs is waited for.
         self._due = math.inf
         if batch is not None:
@@ -171,11 +175,11 @@ class Engine:
             self.stats.drafted_steps += bool(batch.drafts)
             only_generates = all(batch.samples) and all(length == 1 for length in batch.lengths)
             self._under_way.append(
-                _UnderWay(count_tokens(batch), len(batch.rows), only_generates, wanted, bool(batch.drafts))
+                _UnderWay(count_tokens(batch), len(batch.rows), only_generates, wanted, states, bool(batch.drafts))
             )
             if len(self._under_way) == 1:
                 self._expect_end()
-            if self.drafts and wanted:
+            if self.drafts and wanted and self.drafts.foresees:
                 self.drafts.foresee(batch.step, self.scheduler.residency.running, self.scheduler.survivals(batch.step))
 
     def _expect_end(self) -> None:

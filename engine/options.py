@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+EAGLE_MODEL_TYPE = "tailserve-eagle"
+"""`model_type` in the config.json of a draft head; see `tailserve.engine.model.eagle`."""
+
 
 class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to load a model. Sizes in tokens unless they say otherwise."""

@@ -61,9 +61,8 @@ class Writer:
         self._model, self._info = load_model(options)
         if tokenizer.chat_template is None:
             raise ConfigError("the model has no chat template, so there is no user's turn to learn from", param="model")
-        before, _, after = self._render(_HERE).partition(_HERE)
-        self._before = self._encode(before)
-        self._after = after
+        self._before = self._encode(self._render(_HERE).partition(_HERE)[0])
+        """A prompt up to where its user begins to write."""
 
     def prompts(self, path: Path, count: int) -> list[str]:
         """`count` distinct prompts, those in the file first. Fewer if the model hardly ever writes a new one."""
@@ -74,9 +73,9 @@ class Writer:
                 seeds = range(tries, tries + AT_ONCE)
                 tries += AT_ONCE
                 requests = [self._request(seed, self._before, 1.0, MAX_PROMPT) for seed in seeds]
-                for tokens in self._run(requests).values():
-                    text = self._tokenizer.decode(tokens or [], skip_special_tokens=True).strip()
-                    if tokens and len(tokens) > 3 and text not in found:
+                for tokens, ended in self._run(requests).values():
+                    text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                    if ended and len(tokens) > 3 and text not in found:
                         found[text] = None
                         file.write(msgspec.json.encode(text) + b"\n")
                         bar.update()
@@ -94,12 +93,12 @@ class Writer:
                 requests = [
                     self._request(n, ids, TEMPERATURES[n % len(TEMPERATURES)], MAX_ANSWER) for n, (_, ids) in asked.items()
                 ]
-                for name, tokens in self._run(requests, unfinished=True).items():
+                for name, (tokens, _) in self._run(requests).items():
                     n = int(name)
                     prompt, ids = asked[n]
                     example = Example(
                         prompt=prompt,
-                        token_ids=(*ids, *(tokens or ())),
+                        token_ids=(*ids, *tokens),
                         prompt_len=len(ids),
                         temperature=TEMPERATURES[n % len(TEMPERATURES)],
                     )
@@ -123,8 +122,8 @@ class Writer:
         )
         return Request(id=str(number), prompt_token_ids=tuple(ids), sampling=sampling, slo_class="normal", scope="distill")
 
-    def _run(self, requests: Sequence[Request], *, unfinished: bool = False) -> dict[str, list[int] | None]:
-        """Request id to its tokens, or to None where it ran into its limit and that is not wanted."""
+    def _run(self, requests: Sequence[Request]) -> dict[str, tuple[list[int], bool]]:
+        """Request id to its tokens, and whether they end by themselves."""
         info = self._info
         config = EngineConfig(
             classes=(SloClass(name="normal", priority=0, ttft_s=60, tpot_s=60, max_queued=AT_ONCE),),
@@ -137,13 +136,13 @@ class Writer:
         for request in requests:
             engine.add(request)
         tokens: dict[str, list[int]] = {request.id: [] for request in requests}
-        cut = set()
+        ended = set()
         while engine.has_work:
             for chunk in engine.step():
                 tokens[chunk.request_id] += chunk.token_ids
-                if chunk.finish_reason == FinishReason.LENGTH:
-                    cut.add(chunk.request_id)
-        return {name: None if name in cut and not unfinished else ids for name, ids in tokens.items()}
+                if chunk.finish_reason == FinishReason.STOP:
+                    ended.add(chunk.request_id)
+        return {name: (ids, name in ended) for name, ids in tokens.items()}
 
 
 def _read(path: Path, kind: Any) -> Iterator[Any]:

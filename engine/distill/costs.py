@@ -10,7 +10,9 @@ import msgspec
 import torch
 
 from tailserve.engine.cost import StepTimes
+from tailserve.engine.model.compiled import fill_head_cache
 from tailserve.engine.model.eagle import load_eagle
+from tailserve.engine.model.eagle_compiled import can_compile_head
 from tailserve.engine.model.eagle_loading import load_eagle_drafter
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.profile import profile_steps
@@ -42,6 +44,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
 
 def measure_costs(verifier: LoadOptions, folder: Path, depth: int) -> Costs:
     """Times the verifier and the draft in `folder`, alone on the machine."""
+    if can_compile_head(load_eagle(folder), torch.bfloat16, verifier.block_size):
+        fill_head_cache(torch.bfloat16)
     model, _ = load_model(msgspec.structs.replace(verifier, num_blocks=NUM_BLOCKS, max_model_len=NUM_BLOCKS * 16))
     times = StepTimes(profile_steps(model))
     drafter = load_eagle_drafter(folder, verifier, num_blocks=NUM_BLOCKS)

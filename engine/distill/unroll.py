@@ -36,11 +36,12 @@ def unroll(head: EagleHead, frozen: Frozen, batch: TrainingBatch, depth: int) ->
     keys: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
     for _ in range(depth):
-        query, key, value = (part.transpose(1, 2) for part in head.project(embeddings, states, positions))
+        *heads, residual = head.project(embeddings, states, positions)
+        query, key, value = (part.transpose(1, 2) for part in heads)
         groups = query.shape[1] // key.shape[1]
         keys.append(key.repeat_interleave(groups, 1))
         values.append(value.repeat_interleave(groups, 1))
-        states = head.finish(states, _attend(query, keys, values).transpose(1, 2).flatten(2))
+        states = head.finish(residual, _attend(query, keys, values).transpose(1, 2).flatten(2))
         yield head.logits(states[batch.learnt], frozen.head)
         states = _later(states.unsqueeze(1), 1).squeeze(1)
 

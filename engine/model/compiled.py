@@ -1,8 +1,8 @@
 """Which models get the compiled decoder, and whether its code is there already.
 
 Compiling takes half a minute. The code depends on the type of the weights, not on the model, and is kept on disk.
-Run as a program (python -m tailserve.engine.model.compiled bfloat16|float32 none|int8) it fills that cache, for EAGLE heads
-as well.
+Run as a program (python -m tailserve.engine.model.compiled bfloat16|float32 none|int8|head) it fills that cache: for models,
+quantized or not, or for EAGLE heads.
 """
 
 from __future__ import annotations
@@ -146,5 +146,7 @@ def fill_head_cache(dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kind = getattr(torch, sys.argv[1])
-    fill_cache(kind, int8=sys.argv[2] == "int8")
-    fill_head_cache(kind)
+    if sys.argv[2] == "head":
+        fill_head_cache(kind)
+    else:
+        fill_cache(kind, int8=sys.argv[2] == "int8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -12,48 +12,30 @@ from numba import njit
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.attention import KVCache
-from tailserve.engine.model.decoder_weights import Array, aligned, fits, read_weights, sliding_window
-from tailserve.engine.model.int8 import Quantized, project, project_gated
+from tailserve.engine.model.decoder_weights import fits, read_weights, sliding_window
+from tailserve.engine.model.int8 import project
 from tailserve.engine.model.kernels import embed, norm_all, pick_all
+from tailserve.engine.model.layer import (
+    COUNTERS,
+    EMBED,
+    HEAD,
+    NORM,
+    PARTS,
+    Array,
+    Places,
+    Shape,
+    allocate_scratch,
+    lap,
+    run_layer,
+    strips_of,
+)
 from tailserve.engine.model.memory import Reserve, untouched_zeros
-from tailserve.engine.model.paged_kernels import attend, split_heads
 from tailserve.engine.model.panels import copy_blocks, panel_shapes
 from tailserve.engine.model.spans import Span, pack, query_tiles
 from tailserve.engine.model.team import cycles
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
 
 DTYPES = (torch.bfloat16, torch.float32)
-
-
-PARTS = ("embedding", "norms", "qkv", "split heads", "attention", "output", "gate and up", "down", "head")
-"""What `CompiledDecoder.ticks` tells apart."""
-_EMBED, _NORM, _QKV, _SPLIT, _ATTEND, _OUTPUT, _GATE, _DOWN, _HEAD = range(len(PARTS))
-
-
-_KERNELS = 12
-"""A layer's kernels, at most."""
-
-
-class Shape(NamedTuple):
-    """What the arrays do not say."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scaling: float
-    epsilon: float
-
-
-class Scratch(NamedTuple):
-    """Memory for what a step computes on its way; fresh memory at every step would cost a page fault every 4 KB."""
-
-    hidden: Array
-    normed: Array
-    qkv: Array
-    query: Array
-    attended: Array
-    inner: Array
-    narrow: Quantized
 
 
 def can_compile(model: PreTrainedModel, block_size: int) -> bool:
@@ -95,13 +77,14 @@ class CompiledDecoder:
         self.sliding_window = sliding_window(attention)
         # Query tokens that fill the rows of a product.
         self._tile_width = max(1, MAX_ROWS // (self._shape.heads // self._shape.kv_heads))
-        layers, kv_heads, head_dim = len(self._weights.qkv.data), self._shape.kv_heads, self._shape.head_dim
+        layers, kv_heads, head_dim = len(self._weights.input_norm), self._shape.kv_heads, self._shape.head_dim
         kind = self._weights.embedding.dtype
         self._tapped = np.empty(0, np.int64)
         self.features: torch.Tensor | None = None
-        self._scratch = self._allocate(MAX_ROWS)
-        # One for each kernel of a step to share its work by.
-        self._counters = np.zeros(_KERNELS * layers + _KERNELS, np.int64)
+        self._kind = kind
+        self._scratch = allocate_scratch(self._weights.layers, self._shape, MAX_ROWS, kind)
+        # One for each kernel of a step to share its work by: each layer's and its norm, and those behind them.
+        self._counters = np.zeros((1 + COUNTERS) * (layers + 1), np.int64)
         self.ticks = np.zeros(len(PARTS), np.int64)
         """The CPU's ticks that each of PARTS has taken since the start."""
         keys, values = panel_shapes(layers, num_blocks, kv_heads, block_size, head_dim, 4 // kind.itemsize)
@@ -115,7 +98,7 @@ class CompiledDecoder:
         batch = pack(spans, self.block_size)
         self._reserve.note_use(int(batch.block_tables.max()))
         if len(batch.token_ids) > self._scratch.hidden.size // self._weights.input_norm.shape[1]:
-            self._scratch = self._allocate(2 * len(batch.token_ids))
+            self._scratch = allocate_scratch(self._weights.layers, self._shape, 2 * len(batch.token_ids), self._kind)
         width = len(self._tapped) * self._weights.input_norm.shape[1]
         features = np.empty((len(batch.token_ids) if width else 0, width), np.float32)
         logits = _run(
@@ -129,10 +112,12 @@ class CompiledDecoder:
             self._keys,
             self._values,
             batch.token_ids,
-            batch.positions,
-            batch.slots,
-            query_tiles(batch.query_starts, batch.starts, self._tile_width),
-            batch.block_tables,
+            Places(
+                batch.positions,
+                batch.slots,
+                query_tiles(batch.query_starts, batch.starts, self._tile_width),
+                batch.block_tables,
+            ),
             batch.wanted,
             self._tapped,
             features,
@@ -162,28 +147,6 @@ class CompiledDecoder:
         pick_all(logits.data_ptr(), logits.stride(0) * 4, logits.shape[1], inverse, keys, tokens, team)
         return torch.from_numpy(tokens)
 
-    def _allocate(self, tokens: int) -> Scratch:
-        tokens |= 1
-        weights, shape = self._weights, self._shape
-        kind, size = weights.embedding.dtype, weights.input_norm.shape[1]
-        inner = weights.gate_up.data.shape[1] // 2 * COLUMNS
-        attended = shape.heads * shape.head_dim
-        # Behind the last layer it holds hidden states.
-        columns = max(weights.qkv.data.shape[1] * COLUMNS, size)
-        return Scratch(
-            hidden=aligned((tokens * size,), np.float32),
-            normed=aligned((tokens * size,), kind),
-            qkv=aligned((tokens * columns,), np.float32),
-            query=aligned((tokens * attended,), kind),
-            attended=aligned((tokens * attended,), kind),
-            inner=aligned((tokens * inner,), kind),
-            narrow=Quantized(
-                aligned((tokens * max(inner, attended, size) if weights.qkv.scales.size else 1,), np.int8),
-                np.empty(tokens, np.float32),
-                np.empty(tokens, np.int64),
-            ),
-        )
-
 
 @njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
@@ -197,78 +160,64 @@ def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     keys,
     values,
     token_ids,
-    positions,
-    slots,
-    tiles,
-    tables,
+    places,
     wanted,
     tapped,
     features,
 ):
     """float32 logits [len(wanted), 32 P] of the tokens at the indices `wanted`. Stores keys and values on the way, and in
     `features` [tokens, hidden states of each layer `tapped`]."""
-    tokens, groups = len(token_ids), shape.heads // shape.kv_heads
-    epsilon, scaling = np.float32(shape.epsilon), np.float32(shape.scaling)
-    hidden = strips_of(scratch.hidden, weights.input_norm.shape[1], tokens)
-    normed = strips_of(scratch.normed, weights.input_norm.shape[1], tokens)
-    qkv = strips_of(scratch.qkv, weights.qkv.data.shape[1] * COLUMNS, tokens)
-    attended = strips_of(scratch.attended, shape.heads * shape.head_dim, tokens)
-    inner = strips_of(scratch.inner, weights.gate_up.data.shape[1] // 2 * COLUMNS, tokens)
-    query = scratch.query[: tokens * shape.heads * shape.head_dim]
-    query = query.reshape((shape.kv_heads, tokens, groups, shape.head_dim))
-    strip, row = hidden.strides[0], hidden.strides[1]
+    tokens, size = len(token_ids), weights.input_norm.shape[1]
+    epsilon = np.float32(shape.epsilon)
+    hidden, normed = strips_of(scratch.hidden, size, tokens), strips_of(scratch.normed, size, tokens)
     counters[:] = 0
     turn = counters.ctypes.data
     now = cycles()  # type: ignore[call-arg, var-annotated]
     embed(token_ids, weights.embedding, hidden)
-    now = lap(ticks, _EMBED, now)
-    narrow = scratch.narrow
-    for layer in range(len(weights.qkv.data)):
+    now = lap(ticks, EMBED, now)
+    for layer in range(len(weights.input_norm)):
         norm_all(hidden, weights.input_norm[layer], epsilon, normed, (threads, turn))
-        now = lap(ticks, _NORM, now)
-        project(normed, narrow, weights.qkv, layer, qkv.ctypes.data, strip, row, 0, threads, turn + 8)
-        now = lap(ticks, _QKV, now)
-        split_heads(
+        now = lap(ticks, NORM, now)
+        now = run_layer(
             layer,
-            qkv,
-            weights.qkv_bias,
-            weights.query_norm,
-            weights.key_norm,
-            epsilon,
-            weights.cosines,
-            weights.sines,
-            positions,
-            slots,
-            query,
+            normed,
+            hidden,
+            scratch,
+            weights.layers,
+            shape,
+            window,
+            places,
             keys,
             values,
-            (threads, turn + 24),
+            threads,
+            turn + 8,
+            ticks,
+            now,
         )
-        now = lap(ticks, _SPLIT, now)
-        attend(layer, query, keys, values, tiles, tables, scaling, window, attended, (threads, turn + 32))
-        now = lap(ticks, _ATTEND, now)
-        project(attended, narrow, weights.output, layer, hidden.ctypes.data, strip, row, 1, threads, turn + 40)
-        now = lap(ticks, _OUTPUT, now)
-        norm_all(hidden, weights.post_norm[layer], epsilon, normed, (threads, turn + 56))
-        now = lap(ticks, _NORM, now)
-        project_gated(normed, narrow, weights.gate_up, layer, inner, threads, turn + 64)
-        now = lap(ticks, _GATE, now)
-        project(inner, narrow, weights.down, layer, hidden.ctypes.data, strip, row, 1, threads, turn + 80)
-        now = lap(ticks, _DOWN, now)
-        turn += 8 * _KERNELS
+        turn += 8 * (1 + COUNTERS)
         for n in range(len(tapped)):
             if tapped[n] == layer:
                 _copy_out(hidden, features, n)
     logits = np.empty((len(wanted), weights.head.data.shape[1] * COLUMNS), np.float32)
     if len(wanted) == 0:
         return logits
-    last = strips_of(scratch.qkv, weights.input_norm.shape[1], len(wanted))
+    last, normed = strips_of(scratch.qkv, size, len(wanted)), strips_of(scratch.normed, size, len(wanted))
     for n in range(len(wanted)):
         last[:, n] = hidden[:, wanted[n]]
-    normed = strips_of(scratch.normed, weights.input_norm.shape[1], len(wanted))
     norm_all(last, weights.final_norm, epsilon, normed, (threads, turn))
-    project(normed, narrow, weights.head, 0, logits.ctypes.data, row, logits.strides[0], 0, threads, turn + 8)
-    lap(ticks, _HEAD, now)
+    project(
+        normed,
+        scratch.narrow,
+        weights.head,
+        0,
+        logits.ctypes.data,
+        last.strides[1],
+        logits.strides[0],
+        0,
+        threads,
+        turn + 8,
+    )
+    lap(ticks, HEAD, now)
     return logits
 
 
@@ -280,19 +229,3 @@ def _copy_out(hidden, features, place):  # type: ignore[no-untyped-def]  # pragm
         for strip in range(hidden.shape[0]):
             for column in range(COLUMNS):
                 features[token, begin + strip * COLUMNS + column] = hidden[strip, token, column]
-
-
-@njit(cache=True, nogil=True)
-def lap(ticks, part, since):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Counts the time since `since` as a part's; the time now."""
-    now = cycles()  # type: ignore[call-arg, var-annotated]
-    ticks[part] += now - since
-    return now
-
-
-@njit(cache=True, nogil=True)
-def strips_of(memory, columns, tokens):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """[columns / 32, tokens, 32] in a piece of memory. Strips begin an odd number of rows apart: caches put what is a power
-    of two apart in the same few places."""
-    rows = tokens | 1
-    return memory[: rows * columns].reshape((columns // COLUMNS, rows, COLUMNS))[:, :tokens]

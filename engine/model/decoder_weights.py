@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.int8 import PAIR, ZERO, Panels
+from tailserve.engine.model.layer import Array, LayerWeights
+from tailserve.engine.model.memory import aligned
 from tailserve.engine.model.microkernel import LANES
 from tailserve.engine.model.tiles import COLUMNS
-
-Array = npt.NDArray[Any]
 
 _KINDS: dict[int, npt.DTypeLike] = {1: np.float32, 2: np.uint16, PAIR: np.uint8}
 """How many numbers are 4 bytes, to what they are in."""
@@ -34,33 +34,10 @@ class DecoderWeights(NamedTuple):
     """The head's panels themselves where the two are tied, and not quantized."""
     input_norm: Array
     """[layers, H]"""
-    qkv: Panels
-    qkv_bias: Array
-    """[layers, N], or [layers, 0] without."""
-    query_norm: Array
-    """[layers, head_dim], or [layers, 0] without."""
-    key_norm: Array
-    output: Panels
-    post_norm: Array
-    gate_up: Panels
-    """A panel of gate, then the same columns of up, and so on."""
-    down: Panels
+    layers: LayerWeights
     final_norm: Array
     """[H]"""
     head: Panels
-    cosines: Array
-    """[positions, rotary dimensions]"""
-    sines: Array
-
-
-def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-    """Zeros whose memory begins at a cache line; numpy asks for huge pages where they are large."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    begin = -memory.ctypes.data % 64
-    array = memory[begin : begin + size].view(dtype).reshape(shape)
-    array[...] = 0
-    return array
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -107,9 +84,7 @@ def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> Decod
     cosines, sines = body.rotary_emb(probe, torch.arange(positions, device=model.device).unsqueeze(0))
 
     def panels(weights: list[torch.Tensor]) -> Panels:
-        return (
-            integer_panels(weights) if int8 else Panels(float_panels(weights, pair), np.empty((len(weights), 0), np.float32))
-        )
+        return make_panels(weights, pair, int8=int8)
 
     head = panels([model.lm_head.weight])
     tied = body.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
@@ -121,19 +96,28 @@ def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> Decod
     return DecoderWeights(
         embedding=head.data if tied and not int8 else float_panels([body.embed_tokens.weight], pair),
         input_norm=vectors(lambda y: [y.input_layernorm.weight], layers),
-        qkv=panels([torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attentions]),
-        qkv_bias=vectors(lambda a: [a.q_proj.bias, a.k_proj.bias, a.v_proj.bias], attentions),
-        query_norm=vectors(lambda a: [a.q_norm.weight] if hasattr(a, "q_norm") else [], attentions),
-        key_norm=vectors(lambda a: [a.k_norm.weight] if hasattr(a, "k_norm") else [], attentions),
-        output=panels([a.o_proj.weight for a in attentions]),
-        post_norm=vectors(lambda y: [y.post_attention_layernorm.weight], layers),
-        gate_up=panels([interleave(m.gate_proj.weight, m.up_proj.weight) for m in mlps]),
-        down=panels([m.down_proj.weight for m in mlps]),
+        layers=LayerWeights(
+            qkv=panels([torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attentions]),
+            qkv_bias=vectors(lambda a: [a.q_proj.bias, a.k_proj.bias, a.v_proj.bias], attentions),
+            query_norm=vectors(lambda a: [a.q_norm.weight] if hasattr(a, "q_norm") else [], attentions),
+            key_norm=vectors(lambda a: [a.k_norm.weight] if hasattr(a, "k_norm") else [], attentions),
+            output=panels([a.o_proj.weight for a in attentions]),
+            post_norm=vectors(lambda y: [y.post_attention_layernorm.weight], layers),
+            gate_up=panels([interleave(m.gate_proj.weight, m.up_proj.weight) for m in mlps]),
+            down=panels([m.down_proj.weight for m in mlps]),
+            cosines=cosines[0].numpy(),
+            sines=sines[0].numpy(),
+        ),
         final_norm=body.norm.weight.float().numpy(),
         head=head,
-        cosines=cosines[0].numpy(),
-        sines=sines[0].numpy(),
     )
+
+
+def make_panels(weights: list[torch.Tensor], pair: int, *, int8: bool) -> Panels:
+    """Weights [N, K] of each layer, `pair` numbers to 4 bytes, or as integers."""
+    if int8:
+        return integer_panels(weights)
+    return Panels(float_panels(weights, pair), np.empty((len(weights), 0), np.float32))
 
 
 def float_panels(weights: list[torch.Tensor], pair: int) -> Array:

@@ -3,7 +3,8 @@
 After EAGLE-3 (Li et al., arXiv 2503.01840): hidden states of several of the verifier's layers are fused into one state per
 token; the layer reads it beside the embedding of the token that followed, and says what comes next. When it goes on from its
 own guess, its own output takes the state's place. Embedding and head are the verifier's, the latter for the draft's few
-thousand tokens only.
+thousand tokens only. As in the first EAGLE (arXiv 2401.15077) the embedding also enters the layer's residual stream: through
+attention's values alone little of it gets past a small verifier's few KV heads.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tailserve.engine.errors import ConfigError
-
-MODEL_TYPE = "tailserve-eagle"
+from tailserve.engine.options import EAGLE_MODEL_TYPE
 
 
 class EagleConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Shapes; written as config.json beside the weights."""
 
-    model_type: str = MODEL_TYPE
+    model_type: str = EAGLE_MODEL_TYPE
     hidden_size: int
     """The verifier's."""
     vocab_size: int
@@ -57,6 +57,7 @@ class EagleHead(nn.Module):
         self.token_norm = nn.RMSNorm(size, config.rms_norm_eps)
         self.state_norm = nn.RMSNorm(size, config.rms_norm_eps)
         self.qkv = nn.Linear(2 * size, (heads + 2 * kv_heads) * head_dim, bias=False)
+        self.mix = nn.Linear(2 * size, size, bias=False)
         self.output = nn.Linear(heads * head_dim, size, bias=False)
         self.post_norm = nn.RMSNorm(size, config.rms_norm_eps)
         self.gate_up = nn.Linear(size, 2 * config.intermediate_size, bias=False)
@@ -86,8 +87,9 @@ class EagleHead(nn.Module):
 
     def project(
         self, embeddings: torch.Tensor, states: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [..., T, heads, head_dim], keys and values [..., T, kv_heads, head_dim], rotated by positions [T].
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries [..., T, heads, head_dim], keys and values [..., T, kv_heads, head_dim], rotated by positions [T], and the
+        residual stream [..., T, C].
 
         `embeddings` [..., T, C] are of the tokens behind those that `states` [..., T, C] belong to.
         """
@@ -99,11 +101,11 @@ class EagleHead(nn.Module):
         )
         angles = positions.unsqueeze(-1).float() * self.frequencies
         cosines, sines = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
-        return _rotate(query, cosines, sines), _rotate(key, cosines, sines), value
+        return _rotate(query, cosines, sines), _rotate(key, cosines, sines), value, states + self.mix(joined)
 
-    def finish(self, states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The layer's output [..., T, C], given attention's [..., T, heads * head_dim]."""
-        states = states + self.output(attended)
+        states = residual + self.output(attended)
         gate, up = self.gate_up(self.post_norm(states)).chunk(2, -1)
         result: torch.Tensor = states + self.down(nn.functional.silu(gate) * up)
         return result

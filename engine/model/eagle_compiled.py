@@ -12,35 +12,34 @@ import numpy as np
 import torch
 from numba import njit
 
-from tailserve.engine.model.decoder import Shape, strips_of
-from tailserve.engine.model.decoder_weights import Array, aligned, float_panels, integer_panels, interleave
+from tailserve.engine.model.decoder_weights import interleave, make_panels
 from tailserve.engine.model.eagle import EagleConfig, EagleHead
-from tailserve.engine.model.int8 import Panels, Quantized, project, project_gated
+from tailserve.engine.model.int8 import Panels, project
 from tailserve.engine.model.kernels import norm_all
-from tailserve.engine.model.memory import untouched_zeros
-from tailserve.engine.model.paged_kernels import attend, split_heads
+from tailserve.engine.model.layer import (
+    COUNTERS,
+    PARTS,
+    Array,
+    LayerWeights,
+    Places,
+    Shape,
+    allocate_scratch,
+    run_layer,
+    strips_of,
+)
+from tailserve.engine.model.memory import aligned, untouched_zeros
 from tailserve.engine.model.panels import panel_shapes
 from tailserve.engine.model.spans import Span, pack, query_tiles
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
-
-_KERNELS = 32
-"""Counters that a step's kernels share their work by."""
 
 
 class _Weights(NamedTuple):
     token_norm: Array
     state_norm: Array
-    qkv: Panels
-    output: Panels
-    post_norm: Array
-    gate_up: Panels
-    down: Panels
+    mix: Panels
+    layer: LayerWeights
     final_norm: Array
     head: Panels
-    cosines: Array
-    sines: Array
-    nothing: Array
-    """[1, 0]: biases and norms that a decoder may have."""
 
 
 class CompiledHead:
@@ -71,32 +70,48 @@ class CompiledHead:
         self._tile_width = max(1, MAX_ROWS // (heads // kv_heads))
 
         def panels(weight: torch.Tensor) -> Panels:
-            if int8:
-                return integer_panels([weight.float()])
-            return Panels(float_panels([weight.to(dtype)], pair), np.empty((1, 0), np.float32))
+            return make_panels([weight.to(dtype)], pair, int8=int8)
+
+        def vector(weight: torch.Tensor) -> Array:
+            array: Array = weight.float().numpy()
+            return array
 
         angles = torch.arange(max_model_len).unsqueeze(1) * head.frequencies.cpu()
-        gate, up = head.gate_up.weight.chunk(2)
+        nothing = np.empty((1, 0), np.float32)
         self._weights = _Weights(
-            token_norm=head.token_norm.weight.float().numpy(),
-            state_norm=head.state_norm.weight.float().numpy(),
-            qkv=panels(head.qkv.weight),
-            output=panels(head.output.weight),
-            post_norm=head.post_norm.weight.float().numpy(),
-            gate_up=panels(interleave(gate, up)),
-            down=panels(head.down.weight),
-            final_norm=head.final_norm.weight.float().numpy(),
+            token_norm=vector(head.token_norm.weight),
+            state_norm=vector(head.state_norm.weight),
+            mix=panels(head.mix.weight),
+            layer=LayerWeights(
+                qkv=panels(head.qkv.weight),
+                qkv_bias=nothing,
+                query_norm=nothing,
+                key_norm=nothing,
+                output=panels(head.output.weight),
+                post_norm=vector(head.post_norm.weight)[np.newaxis],
+                gate_up=panels(interleave(*head.gate_up.weight.chunk(2))),
+                down=panels(head.down.weight),
+                cosines=vector(torch.cat([angles.cos()] * 2, -1)),
+                sines=vector(torch.cat([angles.sin()] * 2, -1)),
+            ),
+            final_norm=vector(head.final_norm.weight),
             head=panels(lm_head),
-            cosines=torch.cat([angles.cos()] * 2, -1).numpy(),
-            sines=torch.cat([angles.sin()] * 2, -1).numpy(),
-            nothing=np.empty((1, 0), np.float32),
         )
         self._kind = np.dtype(np.uint16 if pair == 2 else np.float32)
         keys, values = panel_shapes(1, num_blocks, kv_heads, block_size, head_dim, pair)
         self._keys, self._values = untouched_zeros(keys, self._kind), untouched_zeros(values, self._kind)
-        self._counters = np.zeros(_KERNELS, np.int64)
         self._vocab = len(lm_head)
-        self._widest = max(2 * config.hidden_size, config.intermediate_size, heads * head_dim)
+        self._allocate(MAX_ROWS)
+        # The layer's, two norms and a product before it, a norm and a product behind.
+        self._counters = np.zeros(COUNTERS + 8, np.int64)
+        self._ticks = np.zeros(len(PARTS), np.int64)
+
+    def _allocate(self, tokens: int) -> None:
+        self._room = tokens
+        self._scratch = allocate_scratch(self._weights.layer, self._shape, tokens, self._kind)
+        size = len(self._weights.final_norm)
+        self._joined = aligned(((tokens | 1) * 2 * size,), self._kind)
+        self._embedded = aligned(((tokens | 1) * size,), np.float32)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """See `HeadModel.fuse`."""
@@ -108,27 +123,28 @@ class CompiledHead:
         batch = pack(spans, self.block_size)
         tokens = len(batch.token_ids)
         embeddings = torch.nn.functional.embedding(torch.from_numpy(batch.token_ids), self._embedding).float()
-        narrow = Quantized(
-            aligned((((tokens | 1) * self._widest) if self._weights.qkv.scales.size else 1,), np.int8),
-            np.empty(tokens, np.float32),
-            np.empty(tokens, np.int64),
-        )
+        if tokens > self._room:
+            self._allocate(2 * tokens)
         out, logits = _run(
             self._weights,
             self._shape,
             self._window,
             self._num_threads,
-            narrow,
-            np.empty(0, self._kind),
+            self._scratch,
+            self._joined,
+            self._embedded,
             self._counters,
+            self._ticks,
             self._keys,
             self._values,
             embeddings.numpy(),
             states.numpy(),
-            batch.positions,
-            batch.slots,
-            query_tiles(batch.query_starts, batch.starts, self._tile_width),
-            batch.block_tables,
+            Places(
+                batch.positions,
+                batch.slots,
+                query_tiles(batch.query_starts, batch.starts, self._tile_width),
+                batch.block_tables,
+            ),
             batch.wanted,
         )
         return torch.from_numpy(out), torch.from_numpy(logits)[:, : self._vocab]
@@ -161,83 +177,53 @@ def compile_head(dtype: torch.dtype, *, int8: bool) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _memory(like, tokens, columns):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Strips [columns / 32, tokens, 32] of the type of the array `like`."""
-    return strips_of(np.empty((tokens | 1) * columns, like.dtype), columns, tokens)
-
-
-@njit(cache=True, nogil=True)
 def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
     weights,
     shape,
     window,
     threads,
-    narrow,
-    kind,
+    scratch,
+    joined_memory,
+    embedded_memory,
     counters,
+    ticks,
     keys,
     values,
     embeddings,
     states,
-    positions,
-    slots,
-    tiles,
-    tables,
+    places,
     wanted,
 ):
     """float32 states [R, C] and logits [R, 32 P] at the indices `wanted`, from embeddings and states [T, C]."""
     tokens, size = states.shape
-    groups = shape.heads // shape.kv_heads
-    epsilon, scaling = np.float32(shape.epsilon), np.float32(shape.scaling)
-    hidden, embedded = _memory(states, tokens, size), _memory(states, tokens, size)
+    epsilon, half = np.float32(shape.epsilon), size // COLUMNS
+    hidden, embedded = strips_of(scratch.hidden, size, tokens), strips_of(embedded_memory, size, tokens)
+    joined = strips_of(joined_memory, 2 * size, tokens)
     for t in range(tokens):
         for i in range(size):
             hidden[i // COLUMNS, t, i % COLUMNS] = states[t, i]
             embedded[i // COLUMNS, t, i % COLUMNS] = embeddings[t, i]
-    joined = _memory(kind, tokens, 2 * size)
-    normed = _memory(kind, tokens, size)
-    qkv = _memory(states, tokens, weights.qkv.data.shape[1] * COLUMNS)
-    attended = _memory(kind, tokens, shape.heads * shape.head_dim)
-    inner = _memory(kind, tokens, weights.gate_up.data.shape[1] // 2 * COLUMNS)
-    query = np.empty((shape.kv_heads, tokens, groups, shape.head_dim), kind.dtype)
-    strip, row = hidden.strides[0], hidden.strides[1]
-    half = size // COLUMNS
     counters[:] = 0
     turn = counters.ctypes.data
     norm_all(embedded, weights.token_norm, epsilon, joined[:half], (threads, turn))
     norm_all(hidden, weights.state_norm, epsilon, joined[half:], (threads, turn + 8))
-    project(joined, narrow, weights.qkv, 0, qkv.ctypes.data, strip, row, 0, threads, turn + 16)
-    split_heads(
-        0,
-        qkv,
-        weights.nothing,
-        weights.nothing,
-        weights.nothing,
-        epsilon,
-        weights.cosines,
-        weights.sines,
-        positions,
-        slots,
-        query,
-        keys,
-        values,
-        (threads, turn + 32),
-    )
-    attend(0, query, keys, values, tiles, tables, scaling, window, attended, (threads, turn + 40))
-    project(attended, narrow, weights.output, 0, hidden.ctypes.data, strip, row, 1, threads, turn + 48)
-    norm_all(hidden, weights.post_norm, epsilon, normed, (threads, turn + 64))
-    project_gated(normed, narrow, weights.gate_up, 0, inner, threads, turn + 72)
-    project(inner, narrow, weights.down, 0, hidden.ctypes.data, strip, row, 1, threads, turn + 88)
+    strip, row = hidden.strides[0], hidden.strides[1]
+    project(joined, scratch.narrow, weights.mix, 0, hidden.ctypes.data, strip, row, 1, threads, turn + 16)
+    turn += 32
+    run_layer(
+        0, joined, hidden, scratch, weights.layer, shape, window, places, keys, values, threads, turn, ticks, 0
+    )  # fmt: skip
+    turn += 8 * COUNTERS
     count = len(wanted)
     out = np.empty((count, size), np.float32)
     logits = np.empty((count, weights.head.data.shape[1] * COLUMNS), np.float32)
-    if count == 0:
-        return out, logits
-    last, final = _memory(states, count, size), _memory(kind, count, size)
+    last, final = strips_of(scratch.qkv, size, count), strips_of(scratch.normed, size, count)
     for n in range(count):
         last[:, n] = hidden[:, wanted[n]]
         for i in range(size):
             out[n, i] = hidden[i // COLUMNS, wanted[n], i % COLUMNS]
-    norm_all(last, weights.final_norm, epsilon, final, (threads, turn + 104))
-    project(final, narrow, weights.head, 0, logits.ctypes.data, last.strides[1], logits.strides[0], 0, threads, turn + 112)
+    norm_all(last, weights.final_norm, epsilon, final, (threads, turn))
+    project(
+        final, scratch.narrow, weights.head, 0, logits.ctypes.data, last.strides[1], logits.strides[0], 0, threads, turn + 8
+    )  # fmt: skip
     return out, logits

@@ -96,7 +96,7 @@ class EagleDrafter:
             if not self._reserve(row, 0):
                 self._drop(entry.row)
             elif len(row.token_ids) >= EAGER_TOKENS:
-                self._read([row])
+                self._read_ahead(row)
 
     @torch.inference_mode()
     def run(self, work: DraftWork) -> DraftResult:
@@ -146,6 +146,13 @@ class EagleDrafter:
             row.num_cached += len(row.token_ids)
             row.token_ids, row.states = [], []
         return result
+
+    def _read_ahead(self, row: _Row) -> None:
+        """All that waits but the last, which the first draft begins with."""
+        states, last = torch.cat(row.states), row.token_ids.pop()
+        row.states = [states[:-1]]
+        self._read([row])
+        row.token_ids, row.states = [last], [states[-1:]]
 
     def _fuse(self, entry: RowStates) -> torch.Tensor:
         features = torch.frombuffer(bytearray(entry.data), dtype=torch.bfloat16)

@@ -22,6 +22,7 @@ from tailserve.engine.model.eagle_compiled import CompiledHead, can_compile_head
 from tailserve.engine.model.eagle_drafter import WINDOW, EagleDrafter, HeadModel
 from tailserve.engine.model.eagle_torch import TorchHead
 from tailserve.engine.model.loading import choose_backend, resolve_device, resolve_dtype
+from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ def load_eagle_drafter(folder: Path, verifier: LoadOptions, *, num_blocks: int) 
     model = make_head_model(
         head.to(device), embedding, lm_head, verifier, num_blocks=num_blocks, max_model_len=max_model_len
     )
+    # The first step reads compiled code from disk, which a request's first draft should not wait for.
+    model.step([Span([0], 0, [0], 1)], model.fuse(torch.zeros(1, head.fuse.in_features, device=device)))
     return EagleDrafter(model, head.draft_tokens.tolist())
 
 
@@ -59,7 +62,7 @@ def make_head_model(
     if compiles and not head_is_cached(embedding.dtype):
         logger.info("the draft's code is being compiled for the next start; until then PyTorch runs it")
         kind = str(embedding.dtype).removeprefix("torch.")
-        subprocess.Popen([sys.executable, "-m", "tailserve.engine.model.compiled", kind, "none"])
+        subprocess.Popen([sys.executable, "-m", "tailserve.engine.model.compiled", kind, "head"])
     elif compiles:
         torch.set_num_threads(1)
         return CompiledHead(
@@ -70,7 +73,8 @@ def make_head_model(
             block_size=options.block_size,
             max_model_len=max_model_len,
             window=WINDOW,
-            num_threads=threads,
+            # A team would still spin on the verifier's cores when its step begins.
+            num_threads=1,
             int8=HAS_INT8_DOT,
         )
     if embedding.device.type == "cpu":

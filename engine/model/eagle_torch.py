@@ -57,10 +57,11 @@ class TorchHead:
         batch = pack(spans, self.block_size)
         device = states.device
         embeddings = nn.functional.embedding(torch.from_numpy(batch.token_ids).to(device), self._embedding)
-        query, key, value = self._head.project(embeddings, states, torch.from_numpy(batch.positions).to(device))
+        positions = torch.from_numpy(batch.positions).to(device)
+        query, key, value, residual = self._head.project(embeddings, states, positions)
         slots = torch.from_numpy(batch.slots).to(device)
         self._cache.write(0, slots, key, value)
         sequences = PackedSequences(batch.query_starts, batch.context_lens, batch.block_tables, slots)
         attended = self._backend.attend(query, self._cache, 0, sequences, self._options)
-        out = self._head.finish(states, attended.flatten(1))[torch.from_numpy(batch.wanted).to(device)]
+        out = self._head.finish(residual, attended.flatten(1))[torch.from_numpy(batch.wanted).to(device)]
         return out, self._lm_head(self._head.final_norm(out)).float()

@@ -107,7 +107,7 @@ def _project_gated(x, narrow, panels, layer, out, threads, turn):  # pragma: no 
 
 @njit(cache=True, nogil=True, inline="always")
 def _strip_stride(tokens):  # pragma: no cover
-    """Bytes between strips [tokens, 32] of integers; an odd number of rows, as `decoder.strips_of` has it."""
+    """Bytes between strips [tokens, 32] of integers; an odd number of rows, as `layer.strips_of` has it."""
     return (tokens | 1) * COLUMNS
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.runner import ModelRunner
-from tailserve.engine.speculation.drafter import StateMessage
 from tailserve.engine.types import Batch, StepResult
 
 
@@ -17,15 +16,9 @@ class LocalExecutor:
 
     lost = False
 
-    def __init__(
-        self,
-        model: PagedModel,
-        publish: Callable[[StateMessage], object] | None = None,
-        *,
-        block_verification: bool = False,
-    ) -> None:
-        """See `ModelRunner`."""
-        self._make = partial(ModelRunner, model, publish, block_verification=block_verification)
+    def __init__(self, model: PagedModel, **options: Any) -> None:
+        """`options`: of `ModelRunner`."""
+        self._make = partial(ModelRunner, model, **options)
         self.restart()
 
     def submit(self, batch: Batch) -> None:

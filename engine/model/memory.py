@@ -41,6 +41,16 @@ def num_kv_blocks(options: LoadOptions, device: torch.device, bytes_per_token: i
     return min(max(fitting, longest), options.max_num_seqs * longest)
 
 
+def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Zeros whose memory begins at a cache line; numpy asks for huge pages where they are large."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    array: npt.NDArray[Any] = memory[begin : begin + size].view(dtype).reshape(shape)
+    array[...] = 0
+    return array
+
+
 def free_host_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this process may still take: what the machine has left, or its container (cgroup v2), if that is less."""
     free = 8 << 30

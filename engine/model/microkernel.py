@@ -138,7 +138,7 @@ def _tile(
     weights = []
     for column in range(vectors):
         place = builder.add(there, ir.Constant(_I64, 64 * column))
-        weights.append(builder.load(pointer(builder, place, _VI), align=64))
+        weights.append(builder.load(pointer(builder, place, _VI), align=4))
     ends = []
     of_strip = builder.mul(builder.udiv(step, ir.Constant(_I64, strip)), strip_stride)
     in_strip = builder.mul(builder.urem(step, ir.Constant(_I64, strip)), ir.Constant(_I64, 4))

@@ -7,7 +7,7 @@ import time
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.spans import Span
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Tokens of a step."""
 CONTEXT = 128
 REPEATS = 3

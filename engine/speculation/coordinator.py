@@ -8,7 +8,7 @@ from collections.abc import Sequence as List
 from tailserve.engine.sequence import Sequence
 from tailserve.engine.speculation.drafter import Draft, Drafter, DraftResult, DraftRow, DraftWork, OutcomeRow
 from tailserve.engine.speculation.foresight import Foresight, fan_out
-from tailserve.engine.speculation.policy import DraftPolicy
+from tailserve.engine.speculation.policy import FEW, DraftPolicy
 from tailserve.engine.stats import EngineStats
 
 MAX_REST_LOG2 = 8
@@ -69,6 +69,11 @@ class DraftCoordinator:
             return True
         return "auto" in speculations and self._policy.pays(len(running))
 
+    def wants_states(self, running: List[Sequence]) -> bool:
+        """Whether the draft is to get hidden states: a gap costs a head what it knows of a sequence, so while drafting rests
+        they go on as long as they are few."""
+        return len(running) <= FEW or self.wanted(running)
+
     def start(self, step: int, running: List[Sequence], *, states: bool = False) -> None:
         """Asks for drafts for the sequences that generate, where they pay. `states`: see `DraftWork`."""
         self._notice_restart()
@@ -79,11 +84,14 @@ class DraftCoordinator:
             return
         self._ask(step, running, states)
 
+    @property
+    def foresees(self) -> bool:
+        """Whether `foresee` would ask anything now."""
+        return self._num_outcomes > 0 and not self._sampled and self._asked is None and self._rest == 0
+
     def foresee(self, step: int, running: List[Sequence], drafts: Mapping[int, tuple[List[int], List[float]]]) -> None:
         """Asks what may follow a step that has just begun. `drafts`: for each row that samples, the draft tokens, which
         may be none, and their survivals."""
-        if not self._num_outcomes or self._sampled or self._asked is not None or self._rest > 0:
-            return
         rows, outcomes = [], []
         for seq in running:
             limit = draft_limit(seq.slo.speculation)

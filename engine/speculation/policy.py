@@ -33,8 +33,8 @@ class _Record:
         self.next_rest = FIRST_REST
         self.draft_s = 0.0
         """For a whole draft."""
-        self.token_s = 0.0
-        """For one token more of all sequences."""
+        self.first_s = self.token_s = 0.0
+        """For the first token of all sequences, and for each one more."""
 
     @property
     def rate(self) -> float | None:
@@ -91,9 +91,12 @@ class DraftPolicy:
     def note_draft(self, num_sequences: int, longest: int, seconds: float) -> None:
         """A draft of at most `longest` tokens for each sequence took so long."""
         record = self._records[num_sequences.bit_length()]
-        record.draft_s += WEIGHT * (seconds - record.draft_s) if record.draft_s else seconds
-        token_s = seconds / max(longest, 1)
-        record.token_s += WEIGHT * (token_s - record.token_s) if record.token_s else token_s
+        record.draft_s = _mean(record.draft_s, seconds)
+        if longest <= 1:
+            record.first_s = _mean(record.first_s, seconds)
+        else:
+            further = seconds - (record.first_s or seconds / longest)
+            record.token_s = _mean(record.token_s, max(further, 0.0) / (longest - 1))
 
     def note_arrival(self, num_sequences: int) -> None:
         """A sequence begins to generate: it need not be like those before it."""
@@ -117,10 +120,16 @@ class DraftPolicy:
         if record.seen < TRIAL or step is None or record.rate is None:
             return
         if record.rate < num_sequences / (step + self._gap_s):
+            record.begin_trial()
             if num_sequences <= FEW:
                 # What a lone answer has been like says little of what it will be, and little is lost by asking.
-                record.next_rest = TRIAL
-            record.rest, record.next_rest = record.next_rest, min(2 * record.next_rest, LONGEST_REST)
-            record.begin_trial()
+                record.rest = TRIAL
+            else:
+                record.rest, record.next_rest = record.next_rest, min(2 * record.next_rest, LONGEST_REST)
         elif record.seen > 4 * TRIAL:
             record.next_rest = FIRST_REST
+
+
+def _mean(mean: float, value: float) -> float:
+    """A running mean that begins with its first value."""
+    return mean + WEIGHT * (value - mean) if mean else value

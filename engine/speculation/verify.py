@@ -29,11 +29,9 @@ def count_by_token(target: torch.Tensor, proposed: torch.Tensor, draft: Sequence
     `target` and `proposed` [k, vocab], float32: the verifier's distribution where each of the k draft tokens stands, and
     exactly that which the token was drawn from. Token i holds while uniforms[i] < p(x) / q(x).
     """
-    for place, (token, uniform) in enumerate(zip(draft, uniforms, strict=True)):
-        p, q = target[place, token].item(), proposed[place, token].item()
-        if uniform * q >= p:
-            return place
-    return len(draft)
+    places = torch.arange(len(draft)), torch.tensor(draft)
+    pairs = zip(target[places].tolist(), proposed[places].tolist(), uniforms, strict=True)
+    return next((place for place, (p, q, uniform) in enumerate(pairs) if uniform * q >= p), len(draft))
 
 
 def count_by_block(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fakes import make_request, run_to_end
 from local import Models
+from oracle import greedy_answers
 from prompts import PROMPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,16 +30,7 @@ def prompt_ids() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def oracle(prompt_ids: list[list[int]]) -> list[list[int]]:
-    """What transformers' generate answers greedily in float32."""
-    model = AutoModelForCausalLM.from_pretrained(PATH, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    answers = []
-    for ids in prompt_ids:
-        out = model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=NUM_TOKENS, do_sample=False
-        )
-        answers.append(out[0, len(ids) :].tolist())
-    return answers
+    return greedy_answers(PATH, prompt_ids, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")

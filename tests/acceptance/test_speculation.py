@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from exact import RULES, check_three_tokens
 from fakes import engine_config, make_request, run_to_end
 from local import LocalDrafter, Models
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from oracle import greedy_answers
+from transformers import AutoTokenizer
 
 from tailserve.deployments.models import resolve_model
 from tailserve.engine.engine import Engine
@@ -44,15 +44,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def oracle(prompts: list[list[int]]) -> list[list[int]]:
-    """What transformers' generate answers greedily in float32."""
-    model = AutoModelForCausalLM.from_pretrained(PATH, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    answers = []
-    for ids in prompts:
-        mask = torch.ones(1, len(ids))
-        out = model.generate(torch.tensor([ids]), attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False)
-        answers.append(out[0, len(ids) :].tolist())
-    return answers
+    return greedy_answers(PATH, prompts, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +64,7 @@ def test_greedy_in_float32_equals_generate(
         head = load_eagle_drafter(Path(HEAD), LoadOptions(path=PATH, dtype="float32"), num_blocks=1200)
         model = CombinedDrafter(NgramDrafter(), head) if "ngram" in draft else head
         config = engine_config(max_model_len=1024, num_blocks=1200, block_size=16, **sizes)
-        engine = Engine(config, LocalExecutor(models.paged, model.take), LocalDrafter(model))
+        engine = Engine(config, LocalExecutor(models.paged, publish=model.take), LocalDrafter(model))
     else:
         kind = draft if draft == "ngram" else 0.02
         engine = models.engine(kind, num_outcomes=6 if "foreseen" in draft else 0, **sizes)

@@ -185,7 +185,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.child)))
         return
-    from tailserve.engine.model.decoder import PARTS
+    from tailserve.engine.model.layer import PARTS
 
     results = {}
     print(f"{'ms':10}" + "".join(f"{name:>14}" for name in SHAPES))

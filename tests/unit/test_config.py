@@ -39,7 +39,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
         ({"default_class": "gold"}, "default_class is 'gold'.*critical, normal"),
         ({"service_tiers": {"flex": "gold"}}, "service_tiers.flex is 'gold'"),
         ({"max_num_seqs": 600}, "max_num_batched_tokens is 512, below max_num_seqs"),
-        ({"speculation": 99}, "speculation.*less than or equal to 32"),
+        ({"speculation": 99}, "use auto, off, or 1 to 32"),
         ({"speculation": "sometimes"}, "speculation"),
         ({"slo_classes": [{"name": n, "priority": 1, "ttft_s": 1, "tpot_s": 1} for n in "aa"]}, "twice"),
     ],
@@ -83,6 +83,7 @@ def test_a_class_may_speculate_otherwise_than_the_rest() -> None:
     assert [slo.speculation for slo in config.classes()] == [5, "auto", "off"]
     assert config.drafts
     assert not parse_config({"speculation": "off"}).drafts
+    assert not parse_config({"speculation": 0}).drafts
     assert not parse_config({"draft_model": "none"}).drafts
 
 

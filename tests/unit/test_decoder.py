@@ -13,9 +13,9 @@ from tiny import TINY, save_model
 
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.model.attention import KVCache, Options, PackedSequences, as_array
-from tailserve.engine.model.decoder_weights import aligned
 from tailserve.engine.model.kernels import pick_all
 from tailserve.engine.model.loading import load_model
+from tailserve.engine.model.memory import aligned
 from tailserve.engine.model.microkernel import LANES, PORTABLE_HEIGHTS, heights, portable_product, product
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.paged_kernels import attend

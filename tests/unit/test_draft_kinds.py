@@ -29,15 +29,17 @@ def test_a_head_gets_the_states_that_it_reads(tmp_path: Path) -> None:
     assert plan.draft.kind == "eagle"
     assert plan.draft.states_endpoint == plan.verifier.states_endpoint == "ipc:///sockets/states"
     assert plan.verifier.feature_layers == (1, 4, 7)
+    assert plan.num_outcomes == 0
 
 
 def test_a_model_is_loaded_with_blocks_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    plan = plan_draft(config(draft_model=str(tmp_path), draft_noise=0.5), OPTIONS, "/sockets")
+    plan = plan_draft(config(draft_model=str(tmp_path), draft_noise=0.5, pre_speculation=5), OPTIONS, "/sockets")
     assert plan.draft is not None
     assert plan.draft.kind == "model"
     assert plan.draft.load is not None
     assert (plan.draft.load.path, plan.draft.load.num_blocks, plan.draft.load.noise) == (str(tmp_path), None, 0.5)
+    assert plan.num_outcomes == 5
 
 
 @pytest.mark.parametrize("fields", [{"draft_model": "none"}, {"speculation": "off"}])

@@ -165,15 +165,20 @@ def test_a_gap_begins_a_row_anew_and_missing_states_mean_no_draft(tiny_llama: st
     assert rows.run(asked).drafts == fresh.run(asked).drafts != {}
 
 
-def test_blocks_come_back(tiny_llama: str, head: EagleHead) -> None:
+@pytest.mark.parametrize("told_by", ["the verifier", "the router"])
+def test_blocks_come_back(tiny_llama: str, head: EagleHead, told_by: str) -> None:
+    """One row fills the cache: the next one drafts only if the last gave everything back."""
     features = torch.zeros(40, len(LAYERS) * TINY["hidden_size"])
     rows = drafter(head, tiny_llama, num_blocks=6)
-    for row in range(20):
+    for row in range(10):
         rows.take(message(row, row, 0, list(range(1, 41)), features))
-        assert rows.run(DraftWork(0, row, [DraftRow(row, 0, list(range(41)), 3)], [])).drafts == {}
-        rows.take(message(row, row, 40, [41], features[:1]))
-        assert rows.run(DraftWork(0, row, [DraftRow(row, 0, list(range(42)), 3)], [row])).drafts == {}
-        rows.take(StateMessage(row, [], [row]))
+        assert row in rows.run(DraftWork(0, row, [DraftRow(row, 0, list(range(41)), 3)], [])).drafts
+        rows.take(message(row, row + 100, 0, list(range(1, 41)), features))
+        assert rows.run(DraftWork(0, row, [DraftRow(row + 100, 0, list(range(41)), 3)], [])).drafts == {}
+        if told_by == "the router":
+            rows.run(DraftWork(0, row, [], [row]))
+        else:
+            rows.take(StateMessage(row, [], [row]))
 
 
 def test_tokens_that_are_unlikely_to_be_reached_are_not_drafted(tiny_llama: str, head: EagleHead) -> None:
@@ -201,7 +206,7 @@ def test_answers_do_not_depend_on_the_head(tiny_llama: str, head: EagleHead, ngr
     model = CombinedDrafter(NgramDrafter(), rows) if ngrams else rows
     models.paged.tap(LAYERS)
     config = engine_config(max_model_len=models.info.max_model_len, num_blocks=200, block_size=16, max_num_batched_tokens=64)
-    engine = Engine(config, LocalExecutor(models.paged, model.take), LocalDrafter(model))
+    engine = Engine(config, LocalExecutor(models.paged, publish=model.take), LocalDrafter(model))
     # The second round's prompts are cached, so their states never come.
     for _ in range(2):
         for request in wanted:

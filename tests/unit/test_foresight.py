@@ -8,7 +8,7 @@ from local import Models, prompts
 from tiny import TINY
 
 from tailserve.engine.model.draft import ModelDrafter
-from tailserve.engine.speculation.drafter import DraftRow, DraftWork, OutcomeRow
+from tailserve.engine.speculation.drafter import Draft, DraftRow, DraftWork, Outcome, OutcomeRow
 from tailserve.engine.speculation.foresight import Foresight, fan_out
 from tailserve.engine.stats import EngineStats
 
@@ -30,9 +30,16 @@ def test_outcomes_go_where_acceptance_is_likely_to_end() -> None:
 
 
 def test_the_table_is_good_for_one_step() -> None:
-    foresight = Foresight(EngineStats())
-    foresight.fill([])
-    assert foresight.look_up(1, [1, 2, 3]) is None
+    stats = EngineStats()
+    foresight, drafts = Foresight(stats), [Draft(3, [7]), Draft(4, [8])]
+    foresight.fill([Outcome(1, 9, drafts[0])])
+    assert foresight.look_up(1, [1, 2, 9]) == drafts[0]
+    assert foresight.look_up(1, [1, 2, 8]) is None
+    assert foresight.look_up(2, [1, 2, 9]) is None
+    foresight.fill([Outcome(1, 9, drafts[1])])
+    assert foresight.look_up(1, [1, 2, 9]) is None
+    assert foresight.look_up(1, [1, 2, 3, 9]) == drafts[1]
+    assert (stats.foresight_hits, stats.foresight_misses, stats.foreseen_drafts) == (2, 3, 2)
 
 
 @pytest.mark.parametrize("known", [5, 8, 15, 16])

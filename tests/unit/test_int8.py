@@ -8,9 +8,10 @@ import torch
 from numba import njit
 
 from tailserve.engine.model.avx512 import HAS_INT8_DOT
-from tailserve.engine.model.decoder import strips_of
-from tailserve.engine.model.decoder_weights import aligned, integer_panels
+from tailserve.engine.model.decoder_weights import integer_panels
 from tailserve.engine.model.int8 import Panels, Quantized, project
+from tailserve.engine.model.layer import strips_of
+from tailserve.engine.model.memory import aligned
 
 pytestmark = pytest.mark.skipif(not HAS_INT8_DOT, reason="needs AVX512-VNNI")
 DEPTH, COLUMNS = 96, 70

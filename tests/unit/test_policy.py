@@ -50,21 +50,22 @@ def test_without_known_costs_everything_is_verified() -> None:
     assert DraftPolicy(StepTimes()).choose(1, 1, {0: [0.1, 0.1]}) == {0: 2}
 
 
-def test_drafting_rests_where_it_does_not_pay_and_longer_each_time() -> None:
+@pytest.mark.parametrize(("count", "expected"), [(8, [64, 128, 256, 512]), (1, [TRIAL] * 4)])
+def test_drafting_rests_where_it_does_not_pay_and_longer_each_time_but_for_one(count: int, expected: list[int]) -> None:
     policy = DraftPolicy(times(0.01, 0.0))
     rests = []
     for _ in range(4):
         for _ in range(TRIAL):
-            assert policy.pays(8)
-            policy.note_step(8, 8, 0.02, 0.01, drafted=True)
+            assert policy.pays(count)
+            policy.note_step(count, count, 0.02 * count, 0.01, drafted=True)
+        assert policy.pays(4), "another number of sequences has its own record"
         steps = 0
-        while not policy.pays(8):
-            policy.note_step(8, 8, 0.0101, 0.01, drafted=False)
+        while not policy.pays(count):
+            policy.note_step(count, count, 0.0101, 0.01, drafted=False)
             steps += 1
         rests.append(steps)
-    assert rests == [64, 128, 256, 512]
+    assert rests == expected
     assert LONGEST_REST >= 512
-    assert policy.pays(1), "another number of sequences has its own record"
 
 
 def test_drafting_goes_on_where_it_pays() -> None:
