@@ -6,7 +6,7 @@ through once, and each of its vectors is used by every row of the tile.
 A panel holds 16 * `vectors` columns, 4 bytes of each column in a step: one float32 or two bfloat16 of consecutive k. So both
 kinds walk memory alike: 4 bytes of x a row, 64 * `vectors` bytes of the panel. `steps` steps of x are a strip.
 
-CPUs with AVX-512 run `tailserve.engine.model.avx512`; here is what any CPU can run, as LLVM code.
+CPUs with AVX-512 or AVX2 run `tailserve.engine.model.avx512` or `avx2`; here is what any CPU can run, as LLVM code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tailserve.engine.model import avx512
+from tailserve.engine.model import avx2, avx512
 from tailserve.engine.model.amx import HAS_AMX
 from tailserve.engine.model.llvm import call, pointer
 
@@ -37,7 +37,8 @@ def _cache_folder() -> Path:
 
 
 _sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-_used = [name for name, has in (("amx", HAS_AMX), ("bf16", avx512.HAS_BF16_DOT), ("avx512", avx512.HAS_AVX512)) if has]
+_sets = {"amx": HAS_AMX, "bf16": avx512.HAS_BF16_DOT, "avx512": avx512.HAS_AVX512, "avx2": avx2.HAS_AVX2}
+_used = [name for name, has in _sets.items() if has]
 _machine = "-".join([numba.__version__, llvmlite.binding.get_host_cpu_name(), *_used])
 numba.config.CACHE_DIR = str(_cache_folder() / f"numba-{_sources.hexdigest()[:16]}-{_machine}")  # type: ignore[attr-defined]
 
@@ -56,10 +57,12 @@ PORTABLE_HEIGHTS = (6, 4, 3, 2, 1)
 
 def heights(kind: Kind) -> tuple[int, ...]:
     """The numbers of rows that a `product` takes, in descending order. Others are made of these."""
-    return tuple(range(avx512.TALLEST, 0, -1)) if _has_assembly(kind) else PORTABLE_HEIGHTS
+    if _has_avx512(kind):
+        return tuple(range(avx512.TALLEST, 0, -1))
+    return tuple(range(avx2.TALLEST, 0, -1)) if avx2.HAS_AVX2 else PORTABLE_HEIGHTS
 
 
-def _has_assembly(kind: Kind) -> bool:
+def _has_avx512(kind: Kind) -> bool:
     return avx512.HAS_BF16_DOT if kind == "bfloat16" else avx512.HAS_AVX512
 
 
@@ -71,9 +74,9 @@ def product(kind: Kind, vectors: int, steps: int) -> Any:
     `strip_stride` from a row's strip to its next. Meanwhile memory from `ahead` on may be asked for, so many cache lines for
     each strip.
     """
-    if _has_assembly(kind):
+    if _has_avx512(kind):
         return avx512.product(avx512.MULTIPLY[kind], vectors, steps)
-    return portable_product(kind, vectors, steps)
+    return avx2.product(kind, vectors, steps) if avx2.HAS_AVX2 else portable_product(kind, vectors, steps)
 
 
 def portable_product(kind: Kind, vectors: int, strip: int) -> Any:

@@ -23,7 +23,8 @@ VARIANTS = {
     "reference": "transformers' modules, attention in float32 torch operations",
     "modules": "transformers' modules with prepacked weights, attention by a Numba kernel that reads blocks in place",
     "portable": "one compiled function for the step, LLVM's own choice of instructions",
-    "avx512": "its products in AVX-512 assembly",
+    "avx2": "its products in AVX2 assembly",
+    "avx512": "the same in AVX-512",
     "amx": "its products in matrix tiles (AMX)",
     "int8": "weights and activations of products as 8-bit integers (AVX512-VNNI): other answers",
 }
@@ -43,12 +44,14 @@ ROUNDS = 9
 
 def child(variant: str) -> dict[str, Any]:
     """Measures one variant in this process. The instructions are chosen before the kernels are imported."""
-    from tailserve.engine.model import amx, avx512
+    from tailserve.engine.model import amx, avx2, avx512
 
     if variant != "amx":
         amx.HAS_AMX = False
-    if variant == "portable":
+    if variant in ("portable", "avx2"):
         avx512.HAS_AVX512 = avx512.HAS_BF16_DOT = False
+    if variant == "portable":
+        avx2.HAS_AVX2 = False
     import numpy as np
     import torch
 
@@ -133,10 +136,15 @@ def measure(variant: str) -> dict[str, Any]:
 
 
 def available() -> list[str]:
-    from tailserve.engine.model import amx, avx512
+    from tailserve.engine.model import amx, avx2, avx512
 
-    missing = {"amx": not amx.HAS_AMX, "avx512": not avx512.HAS_BF16_DOT, "int8": not avx512.HAS_INT8_DOT}
-    return [name for name in VARIANTS if not missing.get(name)]
+    has = {
+        "amx": amx.HAS_AMX,
+        "avx2": avx2.HAS_AVX2,
+        "avx512": avx512.HAS_BF16_DOT,
+        "int8": avx512.HAS_INT8_DOT,
+    }
+    return [name for name in VARIANTS if has.get(name, True)]
 
 
 def router_parts() -> dict[str, float]:

@@ -12,6 +12,7 @@ from packed import run_in_chunks
 from tiny import TINY, save_model
 
 from tailserve.engine.errors import ConfigError
+from tailserve.engine.model import avx2
 from tailserve.engine.model.attention import KVCache, Options, PackedSequences, as_array
 from tailserve.engine.model.kernels import pick_all
 from tailserve.engine.model.loading import load_model
@@ -25,6 +26,8 @@ from tailserve.engine.model.spans import Span, query_tiles
 from tailserve.engine.model.vectors import exp, read, write
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.sampling import noise_keys, pick
+
+needs_avx2 = pytest.mark.skipif(not avx2.HAS_AVX2, reason="no AVX2")
 
 WIDE: dict[str, Any] = TINY | {"hidden_size": 128, "vocab_size": 100}
 """Heads of 32 dimensions, and a vocabulary that does not fill its last panel."""
@@ -114,7 +117,15 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("vectors", [1, 2])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("make", "sizes"), [(product, heights), (portable_product, lambda _: PORTABLE_HEIGHTS)])
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [
+        (product, heights),
+        (portable_product, lambda _: PORTABLE_HEIGHTS),
+        pytest.param(avx2.product, lambda _: range(1, avx2.TALLEST + 1), marks=needs_avx2),
+    ],
+    ids=["this CPU's", "portable", "AVX2"],
+)
 def test_product_equals_a_matrix_product(make: Any, sizes: Any, kind: Any, vectors: int) -> None:
     pair = 2 if kind == "bfloat16" else 1
     multiply = make(kind, vectors, 16 // pair)
