@@ -33,7 +33,7 @@ class InstructionSet(NamedTuple):
     """Its vector registers: zmm or ymm."""
     size: int
     """Bytes of each."""
-    count: int
+    registers: int
     """How many there are; a tile's sums are the last of them."""
     tallest: int
     """Rows of a tile, at most."""
@@ -72,7 +72,7 @@ def _tile(isa: InstructionSet, height: int, vectors: int, steps: int, code: Code
     """
     some = min(isa.columns(height), vectors)
     width = some * 64 // isa.size
-    first = isa.count - height * width
+    first = isa.registers - height * width
     sums = [[f"%{isa.register}{first + row * width + n}" for n in range(width)] for row in range(height)]
     bases = [base for base in ("%r12", "%r13", "%r14") if base in "".join(operand(row, 0) for row in range(height))]
     lines: list[str] = []
@@ -141,7 +141,7 @@ def product(isa: InstructionSet, code: Code, vectors: int, steps: int) -> Any:
     # Registers that the code changes are outputs too.
     kind = ir.FunctionType(ir.LiteralStructType([_I64] * _OPERANDS), [_I64] * _OPERANDS)
     inputs = ",".join(str(n) for n in range(_OPERANDS))
-    changed = ("r12", "r13", "r14", "r15", *(f"{isa.register}{n}" for n in range(isa.count)))
+    changed = ("r12", "r13", "r14", "r15", *(f"{isa.register}{n}" for n in range(isa.registers)))
     clobbered = ",".join(f"~{{{name}}}" for name in changed)
     constraints = ",".join(["=r"] * _OPERANDS) + f",{inputs},~{{memory}},~{{flags}},{clobbered}"
 
