@@ -36,6 +36,14 @@ class SloClassConfig(_Strict):
     max_queued: int = Field(default=1024, ge=0, description="requests that may wait for a first slot before 429")
     speculation: Speculation | None = Field(default=None, description="default: that of the whole deployment")
 
+    speculative_prefix: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="first tokens of an answer that a draft model writes alone: sooner, but not the verifier's; responses "
+        "say how many. 0: none",
+    )
+
     def to_engine(self, speculation: Speculation) -> SloClass:
         """`speculation`: of the deployment."""
         return SloClass(
@@ -94,6 +102,7 @@ class TailserveConfig(_Strict):
         default="auto",
         description="outcomes of a step, per sequence, that a draft model prepares for meanwhile; auto: 8 if it has a GPU",
     )
+    draft_branches: int = Field(default=4, ge=1, le=8, description="drafts of one request verified together, at most")
     verification: Literal["one_hot", "token", "block"] = Field(
         default="one_hot",
         description="of drafts above temperature 0. one_hot: answers do not depend on the draft; token, block: drafts are "
@@ -135,7 +144,19 @@ class TailserveConfig(_Strict):
     @property
     def drafts(self) -> bool:
         """Whether an instance has a draft."""
-        return self.draft_model != "none" and any(slo.speculation not in ("off", 0) for slo in self.classes())
+        return self.draft_model != "none" and any(
+            slo.speculation not in ("off", 0) or slo.speculative_prefix for slo in self.classes()
+        )
+
+    def check_prefix(self, kind: str) -> None:
+        """ConfigError where a class wants prefixes of a draft that is no model."""
+        for slo in self.slo_classes:
+            if slo.speculative_prefix and kind != "model":
+                raise ConfigError(
+                    f"class {slo.name!r} has speculative_prefix {slo.speculative_prefix}, which needs a draft model, one "
+                    "that can read a prompt by itself: name it in draft_model, or use 0",
+                    param="speculative_prefix",
+                )
 
     @property
     def num_outcomes(self) -> int:

@@ -12,7 +12,7 @@ from tailserve.cluster.config import TailserveConfig
 from tailserve.deployments.draft import DraftOptions
 from tailserve.deployments.models import resolve_model
 from tailserve.deployments.verifier import VerifierOptions
-from tailserve.engine.options import EAGLE_MODEL_TYPE, LoadOptions
+from tailserve.engine.options import EAGLE_MODEL_TYPE, LoadOptions, spare_blocks
 
 
 class DraftPlan(NamedTuple):
@@ -32,11 +32,16 @@ def find_draft(config: TailserveConfig) -> Path | None:
 
 def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) -> DraftPlan:
     """`options` are the verifier's; sockets go into `directory`."""
-    verifier = VerifierOptions(load=options, block_verification=config.verification == "block")
+    load = options
+    if config.drafts and config.draft_branches > 1:
+        load = msgspec.structs.replace(options, num_spare_blocks=spare_blocks(options.block_size))
+    verifier = VerifierOptions(load=load, block_verification=config.verification == "block")
     if not config.drafts:
+        config.check_prefix("none")
         return DraftPlan(verifier, None)
     folder = find_draft(config)
     if folder is None:
+        config.check_prefix("ngram")
         return DraftPlan(verifier, DraftOptions())
     description = json.loads((folder / "config.json").read_text())
     if description.get("model_type") != EAGLE_MODEL_TYPE:
@@ -45,6 +50,7 @@ def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) ->
             kind="model", load=load, verifier=options.path, max_num_batched_tokens=config.max_num_batched_tokens
         )
         return DraftPlan(verifier, draft, config.num_outcomes)
+    config.check_prefix("eagle")
     endpoint = f"ipc://{directory}/states"
     layers = tuple(description["feature_layers"])
     return DraftPlan(

@@ -21,6 +21,8 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    speculative_prefix: bool = False
+    """The draft wrote it alone."""
 
 
 @dataclass
@@ -50,7 +52,8 @@ class Choice:
         self.finished = final
         if not text and not final and not logprobs:
             return None
-        return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason)
+        alone = 0 < self.num_tokens <= chunk.usage.prefix_tokens
+        return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason, alone)
 
 
 class Generation:
@@ -138,5 +141,6 @@ class Generation:
             "completion_tokens_details": {
                 "accepted_prediction_tokens": sum(choice.usage.accepted_draft_tokens for choice in self.choices),
                 "rejected_prediction_tokens": sum(choice.usage.rejected_draft_tokens for choice in self.choices),
+                "speculative_prefix_tokens": sum(choice.usage.prefix_tokens for choice in self.choices),
             },
         }

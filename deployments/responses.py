@@ -133,6 +133,8 @@ async def event_stream(form: ResponseFormat, generation: Generation) -> AsyncIte
                 "finish_reason": piece.finish_reason,
                 "stop_reason": piece.stop_reason,
             }
+            if piece.speculative_prefix:
+                entry["speculative_prefix"] = True
             event = form.envelope([entry], chunk=True)
             if options is not None and options.continuous_usage_stats:
                 event["usage"] = generation.usage()

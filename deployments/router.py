@@ -73,7 +73,7 @@ class Router:
         self._info = self._executor.start()
         # A restarted verifier must have the blocks that the scheduler counts on.
         self._executor.process.load_options = msgspec.structs.replace(
-            plan.verifier, load=msgspec.structs.replace(options, num_blocks=self._info.num_blocks)
+            plan.verifier, load=msgspec.structs.replace(plan.verifier.load, num_blocks=self._info.num_blocks)
         )
         self._draft = None if plan.draft is None else self._start_draft(plan.draft)
         engine_config = engine_settings(config, self._info, num_outcomes=plan.num_outcomes)
@@ -206,6 +206,7 @@ def engine_settings(config: TailserveConfig, info: ModelInfo, *, num_outcomes: i
         enable_prefix_caching=config.enable_prefix_caching,
         step_profile=info.step_profile,
         num_outcomes=num_outcomes,
+        draft_branches=config.draft_branches,
         sampled_drafts=config.verification != "one_hot",
         draft_timeout_s=config.timeouts.draft_s,
     )

@@ -55,7 +55,8 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
             model.tap(options.feature_layers)
             publish = Outlet[StateMessage](options.states_endpoint).send
         info = msgspec.structs.replace(info, step_profile=profile_steps(model))
-        return info, ModelRunner(model, publish, block_verification=options.block_verification).run
+        runner = ModelRunner(model, publish, block_verification=options.block_verification, num_blocks=info.num_blocks)
+        return info, runner.run
 
 
 class VerifierExecutor:

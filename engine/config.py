@@ -31,6 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     but the answer to a seed then depends on the draft."""
     num_outcomes: int = 0
     """Outcomes of a step, per sequence, that the draft prepares for while the verifier works; 0 lets it wait."""
+    draft_branches: int = 1
+    """Drafts of one sequence that a step verifies, at most."""
     draft_timeout_s: float = 0.05
     """How long a step may wait for the draft. Late drafts are dropped."""
 

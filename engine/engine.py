@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 LEAD_S = 0.002
 """How long before a step's expected end the next is scheduled: what the router needs for it on a busy machine."""
+PREFIX_POLL_S = 0.001
+"""How soon after it comes a draft's prefix is passed on."""
 MAX_LOSSES = 3
 """Losses of the executor with no step completed between them, after which its requests end: one of them may be the cause."""
 
@@ -89,12 +91,13 @@ class Engine:
         self.broken = False
         """The executor could not be restarted at the last attempt."""
         self.drafts: DraftCoordinator | None = None
-        if drafter is not None and any(draft_limit(slo.speculation) for slo in config.classes):
+        if drafter is not None and any(draft_limit(slo.speculation) or slo.speculative_prefix for slo in config.classes):
             self.drafts = DraftCoordinator(
                 drafter,
                 self._policy,
                 sampled=config.sampled_drafts,
                 num_outcomes=config.num_outcomes,
+                width=config.draft_branches,
                 timeout_s=config.draft_timeout_s,
                 stats=self.stats,
             )
@@ -105,7 +108,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Takes a request in. InvalidRequestError if it could never run."""
-        self.scheduler.add(request, self._clock())
+        self.scheduler.add(request, self._clock(), drafts=self.drafts is not None)
 
     def abort(self, request_id: str) -> TokenChunk | None:
         """Ends a request and frees its blocks; its last chunk, or None if it has ended already."""
@@ -124,12 +127,16 @@ class Engine:
         """
         if self.executor_lost:
             return self._recover("its process ended between two steps")
+        if first := self._take_prefixes():
+            return first
         try:
             if not self._under_way or (len(self._under_way) < self._depth and self._clock() >= self._due):
                 self._schedule()
             if not self._under_way:
                 self._committed_at = None
                 return self.scheduler.take_ended()
+            if self.drafts:
+                self.drafts.ask_prefixes(self.scheduler.residency.running)
             result = self._executor.poll(self._time_to_spare())
         except ExecutorLostError as error:
             return self._recover(error.message)
@@ -145,6 +152,13 @@ class Engine:
             self.drafts.start(result.step, self.scheduler.residency.running, states=done.states)
         return chunks
 
+    def _take_prefixes(self) -> list[TokenChunk]:
+        """What the draft wrote while the verifier reads prompts."""
+        if self.drafts is None:
+            return []
+        found = self.drafts.take_prefixes()
+        return [chunk for row, tokens in found.items() if (chunk := self.scheduler.take_prefix(row, tokens)) is not None]
+
     @property
     def _depth(self) -> int:
         """Steps at the verifier. Behind one with drafts nothing can be scheduled."""
@@ -158,7 +172,9 @@ class Engine:
         """What a step that only generates says of drafting."""
         now, before = self._clock(), self._committed_at
         self._committed_at = now
-        if done.only_generates and before is not None and now > before:
+        if not done.only_generates:
+            self._policy.note_mixed_step(done.num_sequences, drafted=done.drafted)
+        elif before is not None and now > before:
             made = sum(map(len, result.token_ids))
             self._policy.note_step(done.num_sequences, made, now - before, result.duration_s, drafted=done.drafted)
 
@@ -189,9 +205,11 @@ class Engine:
 
     def _time_to_spare(self) -> float | None:
         """Seconds until the next step is to be scheduled; None if that is not due before a result."""
-        if len(self._under_way) >= self._depth or self._due == math.inf:
-            return None
-        return max(self._due - self._clock(), 0.0)
+        waits = len(self._under_way) >= self._depth or self._due == math.inf
+        left = math.inf if waits else max(self._due - self._clock(), 0.0)
+        if self.drafts is not None and self.drafts.awaits_prefix:
+            left = min(left, PREFIX_POLL_S)
+        return None if left == math.inf else left
 
     def gauges(self) -> EngineGauges:
         residency = self.scheduler.residency

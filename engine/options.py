@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+MAX_BRANCHES = 16
+"""Further drafts, beside the rows' first ones, that one step verifies at most."""
+BRANCH_TOKENS = 8
+"""Tokens of each, at most."""
+
 EAGLE_MODEL_TYPE = "tailserve-eagle"
 """`model_type` in the config.json of a draft head; see `tailserve.engine.model.eagle`."""
 
@@ -25,6 +30,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     num_blocks: int | None = None
     """None: from the memory that is free; see `tailserve.engine.model.memory`."""
+    num_spare_blocks: int = 0
+    """More blocks, behind those, which the scheduler knows nothing of."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that weights and KV may take together."""
     max_num_seqs: int = 64
@@ -33,3 +40,9 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     noise: float = 0.0
     """Standard deviation, relative to each weight's own, of noise added to the weights: a stand-in for a draft that
     agrees some of the time."""
+
+
+def spare_blocks(block_size: int) -> int:
+    """Blocks that the branches of a step may need; see `tailserve.engine.model.fork`."""
+    # The token before a draft is computed again, wherever in its block it is.
+    return MAX_BRANCHES * -(-(block_size + BRANCH_TOKENS) // block_size)

@@ -116,8 +116,14 @@ class Residency:
             seq.num_cached = seq.num_computed
             self.num_queued[seq.slo.name] -= 1
             self.stats.prompt_tokens += seq.prompt_len
-        self.joins.append(RowJoin(seq.row, list(seq.token_ids), seq.prompt_len, list(cached), seq.request.sampling))
+        self.join(seq)
         return True
+
+    def join(self, seq: Sequence) -> None:
+        """Tells the verifier all there is to know of a row, be it new or not."""
+        assert seq.row is not None
+        tokens, blocks = list(seq.token_ids), list(seq.block_ids)
+        self.joins.append(RowJoin(seq.row, tokens, seq.prompt_len, blocks, seq.request.sampling))
 
     def extend(self, seq: Sequence, num_tokens: int, new_blocks: dict[int, list[int]]) -> bool:
         """Makes room for `num_tokens` tokens; the least urgent give theirs. False if that was `seq` itself."""
@@ -128,6 +134,10 @@ class Residency:
                 return False
         self._grow(seq, need, new_blocks)
         return True
+
+    def room(self, seq: Sequence) -> int:
+        """Tokens that may still be made for a sequence."""
+        return min(seq.request.sampling.max_tokens - seq.num_output, self.config.max_model_len - len(seq.token_ids))
 
     def extend_if_free(self, seq: Sequence, wanted: int, new_blocks: dict[int, list[int]]) -> int:
         """Room for up to `wanted` tokens behind those known, at nobody's cost. Returns how many fit."""
@@ -175,6 +185,8 @@ class Residency:
         assert seq.row is not None
         del self.running[bisect_left(self.running, seq.key, key=place_in_line)]
         self.leaves.append(seq.row)
+        # The verifier takes leaves in first: a row that came and went in between would stay.
+        self.joins = [join for join in self.joins if join.row != seq.row]
         self.pool.release(seq.block_ids)
         seq.block_ids = []
         seq.row = None

@@ -7,31 +7,17 @@ still read their prompt. A sequence has tokens, and `num_computed` catches up wi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.errors import InvalidRequestError
 from tailserve.engine.residency import Residency
+from tailserve.engine.scheduled import Scheduled
 from tailserve.engine.sequence import Sequence
 from tailserve.engine.speculation.drafter import Draft
 from tailserve.engine.speculation.selection import DraftSelection
 from tailserve.engine.stats import EngineStats
-from tailserve.engine.stopping import Stop, check_stop
+from tailserve.engine.stopping import Stop, check_stop, may_have_prefix
 from tailserve.engine.types import Batch, FinishReason, Request, StepResult, TokenChunk, TokenLogprob
-
-
-class Scheduled(NamedTuple):
-    """One entry of a batch under way."""
-
-    seq: Sequence
-    row: int
-    start: int
-    length: int
-    samples: bool
-    draft: list[int]
-    """Tokens to verify."""
-    proposed: list[Draft]
-    """What they are the first of; empty or one."""
 
 
 class Scheduler:
@@ -58,8 +44,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._sequences or self.residency.leaves or self._ended)
 
-    def add(self, request: Request, now: float) -> None:
-        """Puts a request in line. InvalidRequestError if it could never run, or its id is in use."""
+    def add(self, request: Request, now: float, *, drafts: bool = False) -> None:
+        """Puts a request in line. InvalidRequestError if it could never run, or its id is in use.
+
+        `drafts`: whether there is one, which may write the first tokens.
+        """
         slo = self._classes.get(request.slo_class)
         num_prompt = len(request.prompt_token_ids)
         if slo is None:
@@ -74,6 +63,7 @@ class Scheduler:
         self._num_added += 1
         seq = Sequence(request, slo, now - request.age_s, self._num_added, self.config.max_model_len)
         self._sequences[request.id] = seq
+        seq.awaits_prefix = drafts and slo.speculative_prefix > 0 and may_have_prefix(request.sampling)
         if request.timeout_s is not None:
             self._timed[request.id] = seq
         self.residency.enter(seq)
@@ -121,8 +111,11 @@ class Scheduler:
             if index >= len(running):
                 break
             seq = running[index]
+            if seq.awaits_prefix and seq.num_pending == 1:
+                # Nobody waits for it.
+                seq.awaits_prefix = False
             sure = seq.num_pending == 1 and not admitted
-            length = 1 if sure else min(seq.num_pending, spare)
+            length = 1 if sure else min(seq.num_pending - seq.awaits_prefix, spare)
             if length == 0:
                 index += 1
                 continue
@@ -133,7 +126,7 @@ class Scheduler:
             work.append(Scheduled(seq, seq.row, seq.num_scheduled, length, length == seq.num_pending, [], []))
             index += 1
         # Drafts come last: they must not take the block or the token that somebody needs.
-        self._add_drafts(work, drafts, spare + total - prompts, new_blocks)
+        self._selection.add(work, drafts, spare + total - prompts, residency, new_blocks)
         return self._pack(work, new_blocks, states)
 
     def commit(self, result: StepResult) -> list[TokenChunk]:
@@ -152,26 +145,36 @@ class Scheduler:
                 seq.num_sampling -= 1
                 seq.num_computed += len(token_ids) - 1
                 seq.num_scheduled += len(token_ids) - 1
-                seq.num_drafted += len(entry.draft)
-                self.stats.draft_tokens += len(entry.draft)
-                for draft in entry.proposed:
-                    self._selection.observe(seq, draft, len(entry.draft), len(token_ids) - 1)
+                self._selection.observe(entry, token_ids)
                 chunks.append(self._append(seq, token_ids, result.logprobs.get(entry.row)))
             else:
                 self.residency.register(seq)
         return chunks
 
+    def take_prefix(self, row: int, token_ids: list[int]) -> TokenChunk | None:
+        """What the draft wrote alone for a row that still awaits it; None if nothing of it can be used."""
+        seq = next((seq for seq in self.residency.running if seq.row == row and seq.awaits_prefix), None)
+        if seq is None:
+            return None
+        seq.awaits_prefix = False
+        sampling = seq.request.sampling
+        # A draft ends no answer.
+        ends = {*sampling.eos_token_ids, *sampling.stop_token_ids}
+        count = next((place for place, token in enumerate(token_ids) if token in ends), len(token_ids))
+        tokens = token_ids[: min(count, self.residency.room(seq) - 1)]
+        if not tokens:
+            return None
+        seq.token_ids += tokens
+        seq.num_prefix = len(tokens)
+        self.stats.generated_tokens += len(tokens)
+        self.stats.prefix_tokens += len(tokens)
+        self._selection.policy.note_arrival(len(self.residency.running))
+        self.residency.join(seq)
+        return TokenChunk(seq.request.id, tuple(tokens), usage=seq.usage())
+
     def survivals(self, step: int) -> dict[int, tuple[list[int], list[float]]]:
-        """Of a step under way: each row that samples, its draft tokens, and for each of these the chance that it and those
-        before it hold."""
-        return {
-            entry.row: (
-                entry.draft,
-                [s for draft in entry.proposed for s in self._selection.survivals(entry.seq, draft)[: len(entry.draft)]],
-            )
-            for entry in self._in_flight[step]
-            if entry.samples
-        }
+        """See `DraftSelection.survivals`, of a step under way."""
+        return self._selection.survivals(self._in_flight[step])
 
     def recover(self) -> None:
         """The verifier lost its rows and its KV: everything goes on from its tokens."""
@@ -185,27 +188,6 @@ class Scheduler:
         assert len(lines) == len(self._sequences), "a sequence is in no line, or in two"
         assert {id(seq) for seq in lines} == {id(seq) for seq in self._sequences.values()}
         assert self._timed.keys() <= self._sequences.keys(), "a deadline outlived its request"
-
-    def _add_drafts(
-        self, work: list[Scheduled], drafts: Mapping[int, Draft], spare: int, new_blocks: dict[int, list[int]]
-    ) -> None:
-        """Adds of the drafts that still apply what pays, as far as it takes nothing from anybody."""
-        drafts = self._selection.with_rests(drafts)
-        if not drafts:
-            return
-        entries = {entry.row: entry for entry in work if entry.samples and entry.row in drafts}
-        offers = {row: (entry.seq, draft) for row, entry in entries.items() if (draft := _fit(entry, drafts[row]))}
-        counts = self._selection.select(offers, sum(entry.samples for entry in work), sum(entry.length for entry in work))
-        for row, (seq, draft) in offers.items():
-            count = self.residency.extend_if_free(seq, min(counts[row], spare, self._room(seq)), new_blocks)
-            if count:
-                entries[row].draft.extend(draft.token_ids[:count])
-                entries[row].proposed.append(draft)
-                spare -= count
-
-    def _room(self, seq: Sequence) -> int:
-        """Draft tokens that may still follow. The verifier adds a token of its own behind the accepted ones."""
-        return min(seq.request.sampling.max_tokens - seq.num_output - 1, self.config.max_model_len - len(seq.token_ids) - 1)
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> TokenChunk:
         stop: Stop | None = None
@@ -260,21 +242,11 @@ class Scheduler:
             starts=[entry.start for entry in work],
             lengths=[entry.length for entry in work],
             samples=[entry.samples for entry in work],
-            drafts={entry.row: entry.draft for entry in work if entry.draft},
-            candidates={
-                entry.row: draft.candidates[: len(entry.draft)]
-                for entry in work
-                for draft in entry.proposed
-                if draft.candidates
-            },
+            drafts={entry.row: entry.drafts[0] for entry in work if entry.drafts},
+            candidates={entry.row: entry.candidates for entry in work if entry.candidates},
+            branches={entry.row: entry.drafts[1:] for entry in work if len(entry.drafts) > 1},
             new_blocks=new_blocks,
             joins=joins,
             leaves=leaves,
             states=states,
         )
-
-
-def _fit(entry: Scheduled, draft: Draft) -> Draft | None:
-    """A draft, if it goes on from where the sequence is and no step under way will move that."""
-    seq = entry.seq
-    return draft if draft.token_ids and draft.base_len == len(seq.token_ids) and not seq.num_sampling else None

@@ -17,6 +17,7 @@ class Sequence:
     __slots__ = (
         "_root",
         "arrival_s",
+        "awaits_prefix",
         "block_ids",
         "draft_record",
         "hashes",
@@ -26,6 +27,7 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_drafted",
+        "num_prefix",
         "num_registered",
         "num_sampling",
         "num_scheduled",
@@ -58,6 +60,9 @@ class Sequence:
         self.hashes: list[bytes] = []
         self.num_registered = 0
         """Blocks already offered to the prefix cache."""
+        self.awaits_prefix = False
+        """The draft is to write its first tokens, while the verifier reads all of the prompt but its last token."""
+        self.num_prefix = 0
         self.num_drafted = 0
         self.draft_record = OwnRecord()
         self.num_accepted_drafts = 0
@@ -91,4 +96,5 @@ class Sequence:
         return self.hashes[:count]
 
     def usage(self) -> Usage:
-        return Usage(self.num_cached or 0, self.num_accepted_drafts, self.num_drafted - self.num_accepted_drafts)
+        rejected = self.num_drafted - self.num_accepted_drafts
+        return Usage(self.num_cached or 0, self.num_accepted_drafts, rejected, self.num_prefix)

@@ -14,6 +14,8 @@ class EngineStats(msgspec.Struct, kw_only=True):
     prompt_tokens: int = 0
     """Prompt tokens of requests that started."""
     generated_tokens: int = 0
+    prefix_tokens: int = 0
+    """Those of them that a draft wrote alone."""
     prefix_cache_queries: int = 0
     """Tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0

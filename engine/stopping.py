@@ -25,3 +25,9 @@ def check_stop(token_id: int, num_output: int, num_tokens: int, params: Sampling
     if num_output >= params.max_tokens or num_tokens >= max_model_len:
         return Stop(FinishReason.LENGTH)
     return None
+
+
+def may_have_prefix(params: SamplingParams) -> bool:
+    """Whether a draft may write an answer's first tokens alone: it knows neither penalties nor the verifier's logprobs."""
+    penalties = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return params.logprobs is None and not penalties and params.min_tokens == 0

@@ -36,6 +36,8 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of this class that may wait for their first slot before further ones are refused."""
     speculation: str | int = "auto"
     """Draft tokens per step: a number, "off", or "auto" for as many as pay."""
+    speculative_prefix: int = 0
+    """The first tokens of an answer, this many at most, that the draft writes alone while the verifier reads the prompt."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +100,8 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     accepted_draft_tokens: int = 0
     rejected_draft_tokens: int = 0
+    prefix_tokens: int = 0
+    """The answer's first tokens that are the draft's alone."""
 
 
 class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -119,7 +123,8 @@ Candidates = tuple[list[int], list[float]]
 
 
 class RowJoin(msgspec.Struct, frozen=True, array_like=True):
-    """A sequence the verifier is to keep from now on. Set by the scheduler, sent once per (re)start of a sequence."""
+    """A sequence the verifier is to keep from now on. Set by the scheduler, sent once per (re)start of a sequence, and where
+    tokens were added that the verifier did not make."""
 
     row: int
     token_ids: list[int]
@@ -151,6 +156,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     leaves: list[int]
     candidates: dict[int, list[Candidates]] = {}
     """Row to one entry per draft token, for drafts that were drawn by chance."""
+    branches: dict[int, list[list[int]]] = {}
+    """Row to further drafts for the same place, verified beside the one in `drafts`: that of which most holds counts.
+    Entries of one token only."""
     states: bool = False
     """Whether the draft is to get the hidden states of this step's tokens, if it reads them."""
 

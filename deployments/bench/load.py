@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -82,7 +83,7 @@ class _Choice(msgspec.Struct):
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Event).decode
@@ -146,7 +147,7 @@ class Client:
             return
         decoded = _decode(data)
         if decoded.error is not None:
-            sample.error = bytes(decoded.error).decode()
+            sample.error = str(decoded.error)
         if decoded.usage is not None:
             sample.num_tokens = decoded.usage.completion_tokens
         for choice in decoded.choices:

@@ -19,6 +19,7 @@ from tailserve.engine.distill.states import StateFile
 from tailserve.engine.distill.training import train
 from tailserve.engine.distill.unroll import Frozen
 from tailserve.engine.errors import UnsupportedModelError
+from tailserve.engine.model.avx512 import HAS_AVX512
 from tailserve.engine.model.eagle import EagleConfig, EagleHead
 from tailserve.engine.model.loading import read_model
 from tailserve.engine.options import LoadOptions
@@ -60,7 +61,8 @@ def distill(options: DistillOptions) -> DistillReport:
     work.mkdir(parents=True, exist_ok=True)
     load = LoadOptions(path=options.model, dtype="bfloat16")
     examples = _corpus(options, load, work)
-    verifier = read_model(load, torch.bfloat16, torch.device("cpu"))
+    # CPUs without AVX-512 take several times as long for bfloat16, which they have no instructions for.
+    verifier = read_model(load, torch.bfloat16 if HAS_AVX512 else torch.float32, torch.device("cpu"))
     layers = _feature_layers(verifier)
     states = StateFile(work / "states.bin", examples, len(layers) * verifier.config.get_text_config().hidden_size)
     states.fill(load, layers, examples)

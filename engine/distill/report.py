@@ -11,7 +11,7 @@ from tailserve.engine.distill.batches import group, read_batch
 from tailserve.engine.distill.corpus import Example
 from tailserve.engine.distill.states import StateFile
 from tailserve.engine.distill.training import TOKENS_PER_BATCH
-from tailserve.engine.distill.unroll import Frozen, teacher_logits, unroll
+from tailserve.engine.distill.unroll import Frozen, precision, teacher_logits, unroll
 from tailserve.engine.model.eagle import EagleHead
 
 
@@ -49,7 +49,7 @@ def measure_agreement(
     tokens = covered = 0
     for part in group(examples, chosen, 0, TOKENS_PER_BATCH):
         batch = read_batch(examples, states, part)
-        with torch.autocast(batch.features.device.type, torch.bfloat16):
+        with precision(frozen):
             teacher = teacher_logits(frozen, batch, lm_head).float()
             best, probs = teacher.argmax(-1), teacher.softmax(-1)
             tokens += len(best)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tailserve.engine.distill.batches import TrainingBatch, group, read_batch
 from tailserve.engine.distill.corpus import Example
 from tailserve.engine.distill.states import StateFile
-from tailserve.engine.distill.unroll import Frozen, teacher_logits, unroll
+from tailserve.engine.distill.unroll import Frozen, precision, teacher_logits, unroll
 from tailserve.engine.model.eagle import EagleHead
 
 TOKENS_PER_BATCH = 2560
@@ -70,7 +70,7 @@ def _rate(step: int, steps: int) -> float:
 
 def _loss(head: EagleHead, frozen: Frozen, batch: TrainingBatch) -> torch.Tensor:
     """Cross-entropy per token against the verifier's distribution over the draft's tokens, over the steps in a row."""
-    with torch.autocast(batch.features.device.type, torch.bfloat16):
+    with precision(frozen):
         target = teacher_logits(frozen, batch, frozen.head).float().softmax(-1)
         total = torch.zeros(())
         for step, logits in enumerate(unroll(head, frozen, batch, DEPTH)):

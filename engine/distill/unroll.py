@@ -23,6 +23,12 @@ class Frozen:
     final_norm: nn.Module
 
 
+def precision(frozen: Frozen) -> torch.autocast:
+    """What to compute in: bfloat16 where the verifier's part is, float32 otherwise."""
+    embedding = frozen.embedding
+    return torch.autocast(embedding.device.type, torch.bfloat16, enabled=embedding.dtype == torch.bfloat16)
+
+
 def unroll(head: EagleHead, frozen: Frozen, batch: TrainingBatch, depth: int) -> Iterator[torch.Tensor]:
     """For each draft step in a row, logits [N, draft vocab] at the N positions that are `learnt`.
 

@@ -9,19 +9,29 @@ from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.proposals import Proposal, extend
 from tailserve.engine.model.spans import Span
 from tailserve.engine.model.vocabulary import VocabularyMap
-from tailserve.engine.speculation.drafter import DraftRow, Outcome
+from tailserve.engine.speculation.drafter import Draft, DraftRow, Outcome
 
 
 class Branch(Proposal):
     """A draft behind one outcome. It shares its row's full blocks; the others are its own."""
 
-    def __init__(self, row: DraftRow, accepted: int, token_id: int, column: int, start: int, kind: str) -> None:
+    def __init__(
+        self, row: DraftRow, accepted: int, token_id: int, column: int, start: int, kind: str, *, confidence: float = 1.0
+    ) -> None:
         """The outcome's last token is `token_id`, behind `accepted` draft tokens. The draft model calls it `column`, and it
-        stands at position `start` there."""
+        stands at position `start` there. `confidence`: that it comes, where that matters."""
         super().__init__(row, kind, base_len=row.keep + len(row.token_ids) + accepted + 1)
+        self.survival = self._confidence = confidence
         self.token_id, self.column, self.start = token_id, column, start
         self.block_ids: list[int] = []
         self.own: list[int] = []
+
+    @property
+    def whole(self) -> Draft:
+        """The outcome's last token and what follows, as a draft."""
+        draft = self.draft
+        confidences = [self._confidence, *draft.confidences]
+        return Draft(draft.base_len - 1, [self.token_id, *draft.token_ids], confidences, kind=draft.kind)
 
     def next_span(self, own: Sequence[int] | None) -> Span:
         columns = [self.column, *self.columns]
@@ -61,7 +71,7 @@ def draft_branches(
 ) -> list[Outcome]:
     """Drafts greedily behind each branch; `branches` come with their row's blocks. Those without room are left out."""
     own, names = (None, None) if vocabulary is None else (vocabulary.own, vocabulary.names)
-    placed = [branch for branch, blocks in branches if _place(model, pool, branch, blocks)]
+    placed = [branch for branch, blocks in branches if place(model, pool, branch, blocks)]
     alive = placed
     while alive:
         logits = model.forward([branch.next_span(own) for branch in alive])
@@ -72,10 +82,10 @@ def draft_branches(
     return [Outcome(branch.row.row, branch.token_id, branch.draft) for branch in placed]
 
 
-def _place(model: PagedModel, pool: BlockPool, branch: Branch, blocks: Sequence[int]) -> bool:
+def place(model: PagedModel, pool: BlockPool, branch: Branch, blocks: Sequence[int]) -> bool:
     """Gives a branch its blocks, the first of them with what its row has in there."""
     full, begun = divmod(branch.start, pool.block_size)
-    need = -(-(branch.start + branch.row.num_tokens) // pool.block_size) - full
+    need = -(-(branch.start + branch.limit) // pool.block_size) - full
     if need > pool.num_free:
         return False
     branch.own = pool.allocate(need)

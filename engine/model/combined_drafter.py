@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import msgspec
 import torch
 
 from tailserve.engine.model.eagle_drafter import EagleDrafter
-from tailserve.engine.speculation.drafter import DraftResult, DraftWork, StateMessage
+from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork, StateMessage, with_others
 from tailserve.engine.speculation.ngram import NgramDrafter
 
 KIND = "both"
@@ -33,15 +34,29 @@ class CombinedDrafter:
     def run(self, work: DraftWork) -> DraftResult:
         """See `DraftModel.run`."""
         begin = time.perf_counter()
-        drafts = self._ngrams.run(work).drafts
-        chains = self._head.begin(work.rows)
-        for number, draft in list(drafts.items()):
-            chain = chains.get(number)
-            if chain is None:
-                continue
-            if chain.token_ids[0] == draft.token_ids[0]:
-                drafts[number] = msgspec.structs.replace(draft, kind=KIND)
-                del chains[number]
-            elif chain.draft.confidences[0] < UNSURE and draft.confidences[0] >= LONG:
-                del chains[number]
-        return DraftResult(work.number, drafts | self._head.go_on(chains, work.least), time.perf_counter() - begin)
+        matches = self._ngrams.run(work).drafts
+        chains = self._head.begin(work.rows, work.least)
+        widths = {entry.row: entry.width for entry in work.rows}
+        orders: dict[int, list[Draft]] = {}
+        for number in chains.keys() | matches.keys():
+            guesses = [chain.draft for chain in chains.get(number, [])]
+            match = matches.get(number)
+            orders[number] = (guesses if match is None else _order(match, guesses))[: widths[number]]
+        wanted = {id(draft) for order in orders.values() for draft in order}
+        # Drafts of chains grow where they are.
+        self._head.go_on([chain for found in chains.values() for chain in found if id(chain.draft) in wanted], work.least)
+        drafts = {number: with_others(order, widths[number]) for number, order in orders.items()}
+        return DraftResult(work.number, drafts, time.perf_counter() - begin)
+
+
+def _order(match: Draft, guesses: Sequence[Draft]) -> list[Draft]:
+    """What to verify first. `match` may have others beside it."""
+    alone, others = msgspec.structs.replace(match, others=[]), list(match.others)
+    if not guesses:
+        return [alone, *others]
+    first, *more = guesses
+    if first.token_ids[0] == match.token_ids[0]:
+        return [msgspec.structs.replace(alone, kind=KIND), *more, *others]
+    if first.confidences[0] < UNSURE and match.confidences[0] >= LONG:
+        return [alone, first, *more, *others]
+    return [first, alone, *more, *others]

@@ -9,14 +9,22 @@ import torch
 from transformers import AutoTokenizer
 
 from tailserve.engine.blocks import BlockPool
-from tailserve.engine.model.branches import branch_out, draft_branches
+from tailserve.engine.model.branches import Branch, branch_out, draft_branches, place
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.paged import PagedModel
-from tailserve.engine.model.proposals import Proposal, extend
+from tailserve.engine.model.proposals import Proposal, extend, runners_up
 from tailserve.engine.model.spans import Span
 from tailserve.engine.model.vocabulary import VocabularyMap, map_vocabularies
-from tailserve.engine.options import LoadOptions
-from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftRow, DraftWork, Outcome, StateMessage
+from tailserve.engine.options import BRANCH_TOKENS, LoadOptions
+from tailserve.engine.speculation.drafter import (
+    Draft,
+    DraftResult,
+    DraftRow,
+    DraftWork,
+    Outcome,
+    StateMessage,
+    with_others,
+)
 
 KIND = "model"
 
@@ -97,15 +105,57 @@ class ModelDrafter:
             spans[entry.row] = Span(pending, len(row.computed), row.block_ids, int(complete))
             if complete:
                 proposals[entry.row] = Proposal(entry, KIND)
-        alive = proposals
-        while spans:
-            logits = self._forward(list(spans.values()))
-            for number, span in spans.items():
+        if not spans:
+            return {}
+        logits = self._forward(list(spans.values()))
+        for number, span in spans.items():
+            self._rows[number].computed += span.token_ids
+        extend(list(proposals.values()), logits, self._names)
+        branches = {
+            number: self._beside(proposal, own, work.least)
+            for (number, proposal), own in zip(proposals.items(), logits, strict=True)
+        }
+        self._go_on(proposals, [branch for some in branches.values() for branch in some], work.least)
+        return {
+            number: with_others([proposal.draft, *(branch.whole for branch in branches[number])], entry.width)
+            for number, proposal in proposals.items()
+            if (entry := proposal.row)
+        }
+
+    def _beside(self, first: Proposal, logits: torch.Tensor, least: float) -> list[Branch]:
+        """Branches that begin with the next most likely tokens."""
+        entry = first.row
+        if entry.width == 1 or entry.temperature > 0:
+            return []
+        row = self._rows[entry.row]
+        # A branch costs a token more than it has.
+        found = [(column, share) for column, share in runners_up(logits, entry.width - 1) if share >= 2 * least]
+        branches = []
+        for column, share in found:
+            token = column if self._names is None else self._names[column]
+            branch = Branch(entry, 0, token, column, len(row.token_ids), KIND, confidence=share)
+            branch.limit = min(branch.limit, BRANCH_TOKENS) - 1
+            branches.append(branch)
+        return branches
+
+    def _go_on(self, proposals: dict[int, Proposal], branches: list[Branch], least: float) -> None:
+        """Adds tokens to all of them while they are likely enough to be reached, and not too many."""
+        wanted = [branch for branch in branches if branch.goes_on(least)]
+        blocks = {number: self._rows[number].block_ids for number in proposals}
+        beside = [branch for branch in wanted if place(self._model, self._pool, branch, blocks[branch.row.row])]
+        own = None if self._vocabulary is None else self._vocabulary.own
+        while True:
+            alive = {number: proposal for number, proposal in proposals.items() if proposal.goes_on(least)}
+            others = [branch for branch in beside if branch.goes_on(least)]
+            spans = [self._next_span(number, proposal) for number, proposal in alive.items()]
+            if not spans and not others:
+                break
+            logits = self._forward(spans + [branch.next_span(own) for branch in others])
+            for number, span in zip(alive, spans, strict=False):
                 self._rows[number].computed += span.token_ids
-            extend(list(alive.values()), logits, self._names)
-            alive = {number: proposal for number, proposal in alive.items() if proposal.goes_on(work.least)}
-            spans = {number: self._next_span(number, proposal) for number, proposal in alive.items()}
-        return {number: proposal.draft for number, proposal in proposals.items()}
+            extend([*alive.values(), *others], logits, self._names)
+        for branch in beside:
+            self._pool.release(branch.own)
 
     def _foresee(self, work: DraftWork) -> list[Outcome]:
         """One forward over what is being verified says what may come of it; see `draft_branches` for the rest."""

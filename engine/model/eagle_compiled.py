@@ -117,6 +117,11 @@ class CompiledHead:
         """See `HeadModel.fuse`."""
         return self._head.states(features).float()
 
+    def copy_block(self, source: int, target: int) -> None:
+        """See `HeadModel.copy_block`."""
+        self._keys[:, target] = self._keys[:, source]
+        self._values[:, target] = self._values[:, source]
+
     def step(self, spans: Sequence[Span], states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `HeadModel.step`."""
         numba.set_num_threads(self._num_threads)

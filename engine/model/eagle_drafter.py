@@ -11,9 +11,17 @@ from typing import Protocol
 import torch
 
 from tailserve.engine.blocks import BlockPool
-from tailserve.engine.model.proposals import Proposal, extend
+from tailserve.engine.model.proposals import Proposal, extend, runners_up
 from tailserve.engine.model.spans import Span
-from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftRow, DraftWork, RowStates, StateMessage
+from tailserve.engine.options import BRANCH_TOKENS
+from tailserve.engine.speculation.drafter import (
+    DraftResult,
+    DraftRow,
+    DraftWork,
+    RowStates,
+    StateMessage,
+    with_others,
+)
 
 WINDOW = 512
 """Positions that the head looks back: about what it was trained on."""
@@ -30,6 +38,9 @@ class HeadModel(Protocol):
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """A state [n, C] for each token's hidden states [n, F * C] of the verifier."""
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copies keys and values of one block of the cache to another."""
 
     def step(self, spans: Sequence[Span], states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output [R, C] and float32 logits [R, draft vocab] of the last `num_logits` tokens of each span.
@@ -61,8 +72,14 @@ class Chain(Proposal):
     def __init__(self, asked: DraftRow, row: _Row) -> None:
         super().__init__(asked, KIND)
         self.cached = row
+        self.block_ids = row.block_ids
+        self.own: list[int] | None = None
+        """Blocks of a branch, which shares its row's full ones; None of a row's first draft."""
         self.place = 0
         """Its place among the states of the last step that it was part of."""
+
+    def next_span(self) -> Span:
+        return Span(self.token_ids[-1:], self.cached.num_cached + len(self.token_ids) - 1, self.block_ids, 1)
 
 
 class EagleDrafter:
@@ -104,33 +121,62 @@ class EagleDrafter:
         begin = time.perf_counter()
         for number in work.leaves:
             self._drop(number)
-        drafts = self.go_on(self.begin(work.rows), work.least)
+        chains = self.begin(work.rows, work.least)
+        self.go_on([chain for found in chains.values() for chain in found], work.least)
+        drafts = {number: with_others([chain.draft for chain in found], len(found)) for number, found in chains.items()}
         return DraftResult(work.number, drafts, time.perf_counter() - begin)
 
     @torch.inference_mode()
-    def begin(self, entries: Sequence[DraftRow]) -> dict[int, Chain]:
-        """Row to a draft of one token, for rows whose states are there."""
+    def begin(self, entries: Sequence[DraftRow], least: float) -> dict[int, list[Chain]]:
+        """Row to drafts of one token, the likeliest first, for rows whose states are there."""
         chains = {}
         for entry in entries:
             row = self._rows.get(entry.row)
             base_len = entry.keep + len(entry.token_ids)
             if row is not None and row.token_ids and row.end == base_len - 1 and self._reserve(row, entry.num_tokens):
-                chains[entry.row] = Chain(entry, row)
-        if chains:
-            self._add(list(chains.values()), *self._read([chain.cached for chain in chains.values()]))
+                chains[entry.row] = [Chain(entry, row)]
+        if not chains:
+            return {}
+        states, logits = self._read([found[0].cached for found in chains.values()])
+        self._add([found[0] for found in chains.values()], states, logits)
+        for found, own in zip(chains.values(), logits, strict=True):
+            asked = found[0].row
+            for column, confidence in runners_up(own, asked.width - 1) if asked.width > 1 else ():
+                # A branch costs a token more than it has.
+                if confidence >= 2 * least:
+                    found.append(self._beside(found[0], column, confidence))
         return chains
 
+    def _beside(self, first: Chain, column: int, confidence: float) -> Chain:
+        branch = Chain(first.row, first.cached)
+        branch.own, branch.place = [], first.place
+        branch.limit = min(branch.limit, BRANCH_TOKENS)
+        branch.add(self._tokens[column], confidence, column)
+        return branch
+
     @torch.inference_mode()
-    def go_on(self, chains: dict[int, Chain], least: float) -> dict[int, Draft]:
+    def go_on(self, chains: Sequence[Chain], least: float) -> None:
         """Adds tokens while they are likely enough to be reached, and not too many. Takes what `begin` made, or a part."""
-        alive = list(chains.values())
-        while alive := [chain for chain in alive if chain.goes_on(least)]:
-            spans = [
-                Span(chain.token_ids[-1:], chain.cached.num_cached + len(chain.token_ids) - 1, chain.cached.block_ids, 1)
-                for chain in alive
-            ]
-            self._add(alive, *self._model.step(spans, self._states[[chain.place for chain in alive]]))
-        return {number: chain.draft for number, chain in chains.items()}
+        alive = [chain for chain in chains if chain.goes_on(least) and (chain.own is None or self._place(chain))]
+        while alive:
+            states = self._states[[chain.place for chain in alive]]
+            self._add(alive, *self._model.step([chain.next_span() for chain in alive], states))
+            alive = [chain for chain in alive if chain.goes_on(least)]
+        for chain in chains:
+            self._pool.release(chain.own or [])
+
+    def _place(self, branch: Chain) -> bool:
+        """Gives a branch blocks, the first of them with what its row has in there; False if there are none."""
+        row, size = branch.cached, self._pool.block_size
+        full, begun = divmod(row.num_cached, size)
+        need = -(-(begun + branch.limit) // size)
+        if need > self._pool.num_free:
+            return False
+        branch.own = self._pool.allocate(need)
+        if begun:
+            self._model.copy_block(row.block_ids[full], branch.own[0])
+        branch.block_ids = [*row.block_ids[:full], *branch.own]
+        return True
 
     def _add(self, chains: Sequence[Chain], states: torch.Tensor, logits: torch.Tensor) -> None:
         self._states = states

@@ -52,6 +52,11 @@ class TorchHead:
         """See `HeadModel.fuse`."""
         return self._head.states(features.to(self._embedding.device))
 
+    def copy_block(self, source: int, target: int) -> None:
+        """See `HeadModel.copy_block`."""
+        for side in (self._cache.keys[0], self._cache.values[0]):
+            side[target] = side[source]
+
     def step(self, spans: Sequence[Span], states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `HeadModel.step`."""
         batch = pack(spans, self.block_size)

@@ -47,6 +47,7 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
     num_blocks = options.num_blocks or num_kv_blocks(options, device, per_token, max_model_len)
     expected = eager_logits(model)
+    num_laid_out, num_blocks = num_blocks, num_blocks + options.num_spare_blocks
     settings = DecoderSettings.of(options, num_blocks, max_model_len)
     wanted = wants_compiled(model, options)
     paged: PagedModel | None = None
@@ -70,7 +71,7 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     info = ModelInfo(
         vocab_size=text.vocab_size,
         max_model_len=max_model_len,
-        num_blocks=num_blocks,
+        num_blocks=num_laid_out,
         block_size=options.block_size,
         kv_bytes_per_token=per_token,
         attention_backend=paged.backend,

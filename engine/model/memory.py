@@ -37,7 +37,7 @@ def num_kv_blocks(options: LoadOptions, device: torch.device, bytes_per_token: i
     else:
         budget = int(free_host_memory() * CPU_SHARE)
     longest = math.ceil(max_model_len / options.block_size)
-    fitting = budget // (bytes_per_token * options.block_size)
+    fitting = budget // (bytes_per_token * options.block_size) - options.num_spare_blocks
     return min(max(fitting, longest), options.max_num_seqs * longest)
 
 

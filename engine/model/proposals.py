@@ -21,6 +21,8 @@ class Proposal:
         self.row = row
         self.columns: list[int] = []
         """Where in the logits its tokens were."""
+        self.limit = row.num_tokens
+        """Tokens, at most."""
         self.survival = 1.0
         """Chance that all its tokens hold, by its own word."""
         known = row.keep + len(row.token_ids)
@@ -32,7 +34,7 @@ class Proposal:
 
     def goes_on(self, least: float) -> bool:
         """Whether a further token is wanted and likely enough to be reached."""
-        return len(self.token_ids) < self.row.num_tokens and self.survival >= least
+        return len(self.token_ids) < self.limit and self.survival >= least
 
     def add(self, token_id: int, confidence: float, column: int) -> None:
         self.token_ids.append(token_id)
@@ -56,3 +58,10 @@ def extend(proposals: Sequence[Proposal], logits: torch.Tensor, names: Sequence[
             confidence = probs[ids.index(index)]
             draft.candidates.append((ids if names is None else [names[n] for n in ids], probs))
         proposal.add(index if names is None else names[index], confidence, index)
+
+
+def runners_up(logits: torch.Tensor, count: int) -> list[tuple[int, float]]:
+    """The next most likely columns behind the most likely one of [n], and how likely each is."""
+    best = logits.topk(min(count + 1, len(logits)))
+    shares = (best.values - logits.logsumexp(-1)).exp()
+    return list(zip(best.indices.tolist(), shares.tolist(), strict=True))[1:]

@@ -28,6 +28,8 @@ class RowWork:
     token_ids: Sequence[int]
     """Known tokens to compute, then draft tokens."""
     draft: Sequence[int]
+    branches: Sequence[Sequence[int]]
+    """Further drafts."""
     candidates: Sequence[Candidates]
     """What the draft tokens were drawn from, if by chance."""
     samples: bool
@@ -54,7 +56,8 @@ class Rows:
             row = self._rows[number]
             draft = batch.drafts.get(number, [])
             token_ids = row.token_ids[start : start + length] + draft
-            yield RowWork(number, row, start, token_ids, draft, batch.candidates.get(number, []), samples)
+            branches, candidates = batch.branches.get(number, []), batch.candidates.get(number, [])
+            yield RowWork(number, row, start, token_ids, draft, branches, candidates, samples)
 
     def _join(self, join: RowJoin) -> None:
         self._rows[join.row] = Row(list(join.token_ids), join.prompt_len, list(join.block_ids), join.sampling)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
+from tailserve.engine.model.fork import Chain, first_chain, fork, keep
 from tailserve.engine.model.paged import PagedModel
-from tailserve.engine.model.rows import Rows, RowWork
-from tailserve.engine.model.spans import Span
+from tailserve.engine.model.rows import Rows
 from tailserve.engine.speculation.drafter import RowStates, StateMessage
 from tailserve.engine.speculation.sampled import verify_sampled
 from tailserve.engine.speculation.sampling import (
@@ -26,6 +27,17 @@ STATES_AT_ONCE = 256
 """Tokens of one row whose states are sent, the last ones: drafts look no further back."""
 
 
+class _Result(NamedTuple):
+    """What a step makes of a row."""
+
+    chain: Chain
+    token_ids: list[int]
+    first_logit: int
+    first_token: int
+    """Of the chain, in the forward."""
+    logprobs: list[TokenLogprob] | None = None
+
+
 class ModelRunner:
     """The verifier's side of a step. Rows live here; blocks are the scheduler's business."""
 
@@ -35,97 +47,106 @@ class ModelRunner:
         publish: Callable[[StateMessage], object] | None = None,
         *,
         block_verification: bool = False,
+        num_blocks: int | None = None,
     ) -> None:
         """`publish` gets hidden states before the step is answered; the model is `tap`ped then. `block_verification` of
-        drafts that were drawn by chance, instead of the token rule."""
+        drafts that were drawn by chance, instead of the token rule. `num_blocks`: those that the scheduler lays out; the
+        model's others are for branches."""
         self._model = model
         self._block = block_verification
         self._publish = publish
+        self._spares = range(model.num_blocks if num_blocks is None else num_blocks, model.num_blocks)
         self._rows = Rows()
 
     def run(self, batch: Batch) -> StepResult:
         """Computes a batch. Draft tokens and bonus tokens alike are drawn with the noise of their own position."""
         begin = time.perf_counter()
         work = list(self._rows.apply(batch))
-        token_ids: list[list[int]] = []
-        logprobs: dict[int, list[TokenLogprob]] = {}
+        results: list[_Result] = []
         if work:
-            logits = self._model.forward(
-                [
-                    Span(entry.token_ids, entry.start, entry.row.block_ids, len(entry.draft) + 1 if entry.samples else 0)
-                    for entry in work
-                ]
-            )
-            token_ids = self._choose(work, logits, logprobs)
+            chains = [first_chain(entry) for entry in work]
+            if batch.branches:
+                chains += fork(self._model, work, self._spares)
+            logits = self._model.forward([chain.span for chain in chains])
+            results = self._choose(chains, len(work), logits)
         if self._publish is not None and (batch.states or batch.leaves):
-            self._publish(StateMessage(batch.step, self._states(work, token_ids) if batch.states else [], batch.leaves))
-        return StepResult(batch.step, token_ids, logprobs, time.perf_counter() - begin)
+            self._publish(StateMessage(batch.step, self._states(results) if batch.states else [], batch.leaves))
+        logprobs = {result.chain.entry.number: result.logprobs for result in results if result.logprobs is not None}
+        return StepResult(batch.step, [result.token_ids for result in results], logprobs, time.perf_counter() - begin)
 
-    def _states(self, work: list[RowWork], token_ids: list[list[int]]) -> list[RowStates]:
+    def _states(self, results: list[_Result]) -> list[RowStates]:
         features = self._model.features
         if features is None:
             return []
-        result, first = [], 0
-        for entry, tokens in zip(work, token_ids, strict=True):
-            count = len(entry.token_ids) - len(entry.draft) + max(len(tokens) - 1, 0)
+        states = []
+        for result in results:
+            chain, entry = result.chain, result.chain.entry
+            count = len(chain.span.token_ids) - len(chain.draft) + max(len(result.token_ids) - 1, 0)
             skipped = max(count - STATES_AT_ONCE, 0)
+            first = result.first_token
             part = features[first + skipped : first + count].to("cpu", torch.bfloat16)
             start = entry.start + skipped
             following = entry.row.token_ids[start + 1 : entry.start + count + 1]
-            result.append(RowStates(entry.number, start, following, part.view(torch.int16).numpy().tobytes()))
-            first += len(entry.token_ids)
-        return result
+            states.append(RowStates(entry.number, start, following, part.view(torch.int16).numpy().tobytes()))
+        return states
 
     @torch.inference_mode()
-    def _choose(self, work: list[RowWork], logits: torch.Tensor, logprobs: dict[int, list[TokenLogprob]]) -> list[list[int]]:
+    def _choose(self, chains: list[Chain], num_rows: int, logits: torch.Tensor) -> list[_Result]:
+        """The tokens of each of the first `num_rows` chains' rows, by whichever of its chains holds longest."""
         points: list[SamplingPoint] = []
-        by_chance: dict[int, torch.Tensor] = {}
         raw: dict[int, torch.Tensor] = {}
-        for entry in work:
-            if not entry.samples:
-                continue
-            row, first = entry.row, len(points)
-            for offset in range(len(entry.draft) + 1):
+        by_chance: dict[int, torch.Tensor] = {}
+        places = []
+        for chain in chains:
+            entry, first = chain.entry, len(points)
+            row, count = entry.row, chain.span.num_logits
+            places.append((first, count))
+            for offset in range(count):
                 position = len(row.token_ids) + offset
                 points.append(SamplingPoint(row.sampling, position, position - row.prompt_len))
-            if row.sampling.logprobs is not None:
-                raw[entry.number] = logits[first : len(points)].clone()
+            if count and row.sampling.logprobs is not None:
+                raw[first] = logits[first : len(points)].clone()
             if has_penalties(row.sampling):
                 known = row.token_ids
-                for offset in range(len(entry.draft) + 1):
-                    output = known[row.prompt_len :] + list(entry.draft[:offset])
+                for offset in range(count):
+                    output = known[row.prompt_len :] + list(chain.draft[:offset])
                     apply_penalties(logits[first + offset], row.sampling, known[: row.prompt_len], output)
             if entry.candidates:
-                by_chance[entry.number] = logits[first : len(points)].clone()
+                by_chance[first] = logits[first : len(points)].clone()
         drawn = sample(logits, points, self._model.pick) if points else []
-        results: list[list[int]] = []
-        first = 0
-        for entry in work:
-            if not entry.samples:
-                results.append([])
-                continue
-            count = len(entry.draft) + 1
-            tokens = (
-                self._verify_sampled(entry, by_chance[entry.number])
-                if entry.candidates
-                else verify(entry.draft, drawn[first : first + count])
-            )
-            first += count
-            entry.row.token_ids += tokens
-            results.append(tokens)
-            num_top = entry.row.sampling.logprobs
-            if num_top is not None:
-                logprobs[entry.number] = token_logprobs(raw[entry.number][: len(tokens)], tokens, num_top)
-        return results
+        best: dict[int, _Result] = {}
+        first_token = 0
+        for chain, (first, count) in zip(chains, places, strict=True):
+            tokens: list[int] = []
+            if count and chain.entry.candidates:
+                tokens = self._verify_sampled(chain, by_chance[first])
+            elif count:
+                tokens = verify(chain.draft, drawn[first : first + count])
+            number = chain.entry.number
+            if number not in best or len(tokens) > len(best[number].token_ids):
+                best[number] = _Result(chain, tokens, first, first_token)
+            first_token += len(chain.span.token_ids)
+        return [self._conclude(best[chain.entry.number], raw) for chain in chains[:num_rows]]
 
-    def _verify_sampled(self, entry: RowWork, logits: torch.Tensor) -> list[int]:
-        row = entry.row
+    def _conclude(self, result: _Result, raw: dict[int, torch.Tensor]) -> _Result:
+        chain, tokens = result.chain, result.token_ids
+        if chain.own:
+            keep(self._model, chain, len(tokens) - 1)
+        row = chain.entry.row
+        row.token_ids += tokens
+        num_top = row.sampling.logprobs
+        if num_top is not None and tokens:
+            return result._replace(logprobs=token_logprobs(raw[result.first_logit][: len(tokens)], tokens, num_top))
+        return result
+
+    def _verify_sampled(self, chain: Chain, logits: torch.Tensor) -> list[int]:
+        row = chain.entry.row
         position = len(row.token_ids)
         return verify_sampled(
             logits,
             row.sampling,
-            entry.draft,
-            entry.candidates,
+            chain.draft,
+            chain.entry.candidates,
             position=position,
             num_output=position - row.prompt_len,
             block=self._block,

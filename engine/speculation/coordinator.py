@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as List
 
+import msgspec
+
+from tailserve.engine.options import MAX_BRANCHES
 from tailserve.engine.sequence import Sequence
 from tailserve.engine.speculation.drafter import Draft, Drafter, DraftResult, DraftRow, DraftWork, OutcomeRow
 from tailserve.engine.speculation.foresight import Foresight, fan_out
@@ -38,14 +41,17 @@ class DraftCoordinator:
         *,
         sampled: bool = False,
         num_outcomes: int = 0,
+        width: int = 1,
         timeout_s: float,
         stats: EngineStats,
     ) -> None:
-        """`sampled`, `num_outcomes`: see `EngineConfig`."""
+        """`sampled`, `num_outcomes`: see `EngineConfig`; `width`: see `DraftRow`."""
         self._drafter = drafter
         self._policy = policy
         self._sampled = sampled
         self._num_outcomes = num_outcomes
+        # What is prepared ahead follows from one draft only.
+        self._width = 1 if num_outcomes else width
         self._timeout_s = timeout_s
         self._stats = stats
         self._foresight = Foresight(stats)
@@ -54,6 +60,8 @@ class DraftCoordinator:
         self._asked: DraftWork | None = None
         """What is to be answered next."""
         self._asked_rows = 0
+        self.awaits_prefix = False
+        """What was asked are the first tokens of answers."""
         self._number = 0
         self._late = False
         self._late_in_a_row = 0
@@ -84,6 +92,31 @@ class DraftCoordinator:
             return
         self._ask(step, running, states)
 
+    def ask_prefixes(self, running: List[Sequence]) -> None:
+        """Asks for the first tokens of answers whose prompts are being read; again where one round was not enough."""
+        self._notice_restart()
+        waiting = [seq for seq in running if seq.awaits_prefix]
+        if waiting and self._asked is None and self._rest == 0:
+            rows = []
+            for seq in waiting:
+                temperature = seq.request.sampling.temperature
+                row = self._delta(seq, seq.slo.speculative_prefix)
+                rows.append(msgspec.structs.replace(row, temperature=temperature))
+            self._send(0, running, rows)
+            self.awaits_prefix = self._asked is not None
+
+    def take_prefixes(self) -> dict[int, list[int]]:
+        """Row to the first tokens of its answer, if they are there already."""
+        if not self.awaits_prefix:
+            return {}
+        assert self._asked is not None
+        result = self._drafter.receive(self._asked.number, 0.0)
+        if result is None:
+            return {}
+        self._asked, self.awaits_prefix = None, False
+        self._stats.draft_seconds += result.duration_s
+        return {row: draft.token_ids for row, draft in result.drafts.items()}
+
     @property
     def foresees(self) -> bool:
         """Whether `foresee` would ask anything now."""
@@ -105,7 +138,7 @@ class DraftCoordinator:
         """Row to draft; empty if there is none in time."""
         self._notice_restart()
         asked = self._asked
-        if asked is None:
+        if asked is None or self.awaits_prefix:
             return {}
         result = self._receive()
         if result is None or not asked.outcomes:
@@ -127,20 +160,25 @@ class DraftCoordinator:
     def _ask(self, step: int, running: List[Sequence], states: bool) -> None:
         generating = [seq for seq in running if seq.row is not None and seq.num_pending == 1]
         pays = self._policy.pays(len(generating))
+        width = min(self._width, 1 + MAX_BRANCHES // max(len(generating), 1))
         rows = []
         for seq in generating:
             limit = draft_limit(seq.slo.speculation) if pays or seq.slo.speculation != "auto" else 0
             if limit:
-                rows.append(self._delta(seq, limit))
+                rows.append(self._delta(seq, limit, width))
         self._asked_rows = len(generating)
-        self._send(step, running, rows, least=self._policy.least(len(generating)) if generating else 0.0, states=states)
+        # Who asks for a number of tokens gets them, however unlikely they are.
+        measured = any(seq.slo.speculation == "auto" for seq in generating)
+        least = self._policy.least(len(generating)) if measured else 0.0
+        self._send(step, running, rows, least=least, states=states)
 
-    def _delta(self, seq: Sequence, limit: int) -> DraftRow:
+    def _delta(self, seq: Sequence, limit: int, width: int = 1) -> DraftRow:
         assert seq.row is not None
         keep = self._known.get(seq.row, 0)
         sampling = seq.request.sampling
         temperature = sampling.temperature if self._sampled else 0.0
-        return DraftRow(seq.row, keep, seq.token_ids[keep:], limit, temperature, sampling.seed)
+        width = 1 if temperature > 0 else width
+        return DraftRow(seq.row, keep, seq.token_ids[keep:], limit, temperature, sampling.seed, width)
 
     def _send(
         self,
@@ -187,6 +225,6 @@ class DraftCoordinator:
         if self._drafter.incarnation != self._incarnation:
             self._incarnation = self._drafter.incarnation
             self._known = {}
-            self._asked = None
+            self._asked, self.awaits_prefix = None, False
             self._late = False
             self._late_in_a_row = self._rest = 0

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
 
+from tailserve.engine.options import BRANCH_TOKENS
 from tailserve.engine.types import Candidates
+
+BESIDE = " beside"
+"""Behind the kind of drafts that are not a row's first: they fare differently."""
 
 
 class DraftRow(msgspec.Struct, frozen=True, array_like=True):
@@ -23,6 +28,8 @@ class DraftRow(msgspec.Struct, frozen=True, array_like=True):
     """Above 0, tokens are to be drawn by chance."""
     seed: int = 0
     """Of the request."""
+    width: int = 1
+    """Drafts wanted, at most: above 1, those that begin with other tokens than the likeliest."""
 
 
 class OutcomeRow(msgspec.Struct, frozen=True, array_like=True):
@@ -64,6 +71,22 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
     """For each token, what it was drawn from; empty if nothing was left to chance."""
     kind: str = ""
     """What proposed it: confidences of different kinds mean different things."""
+    others: list[Draft] = []
+    """Further proposals for the same place, each with a first token of its own and no longer than BRANCH_TOKENS."""
+
+
+def with_others(drafts: Sequence[Draft], width: int) -> Draft:
+    """The first of drafts for one place, with up to `width` - 1 of the others beside it: those that begin with a token of
+    their own, cut to what a branch may have."""
+    first, taken = drafts[0], {drafts[0].token_ids[0]}
+    others = []
+    for draft in drafts[1:]:
+        if draft.token_ids[0] not in taken and len(taken) < width:
+            taken.add(draft.token_ids[0])
+            tokens, confidences = draft.token_ids[:BRANCH_TOKENS], draft.confidences[:BRANCH_TOKENS]
+            kind = draft.kind if draft.kind.endswith(BESIDE) else draft.kind + BESIDE
+            others.append(Draft(draft.base_len, tokens, confidences, kind=kind))
+    return msgspec.structs.replace(first, others=others) if others else first
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True):

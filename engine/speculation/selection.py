@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as List
 
-from tailserve.engine.sequence import Sequence
+from tailserve.engine.options import MAX_BRANCHES
+from tailserve.engine.residency import Residency
+from tailserve.engine.scheduled import Scheduled
 from tailserve.engine.speculation.acceptance import Acceptance
 from tailserve.engine.speculation.drafter import Draft
 from tailserve.engine.speculation.policy import DraftPolicy
@@ -23,30 +26,92 @@ class DraftSelection:
         self._rests: dict[int, Draft] = {}
         """Row to what lay behind its last wrong token: it often fits behind the right one, too."""
 
-    def with_rests(self, drafts: Mapping[int, Draft]) -> dict[int, Draft]:
-        """The drafts, and rests of earlier ones for rows that have none."""
+    def add(
+        self,
+        work: List[Scheduled],
+        drafts: Mapping[int, Draft],
+        spare: int,
+        residency: Residency,
+        new_blocks: dict[int, list[int]],
+    ) -> None:
+        """Adds to a step those of the drafts (by row) that still apply and pay, as far as it takes nothing from anybody:
+        `spare` tokens, and blocks that are free."""
         rests, self._rests = self._rests, {}
-        return rests | dict(drafts)
+        drafts = rests | dict(drafts)
+        offers = {}
+        for entry in work:
+            if entry.samples and entry.row in drafts and (fitting := _fitting(entry, drafts[entry.row])):
+                offers[entry.row] = (entry, fitting)
+        if not offers:
+            return
+        counts = self._choose(offers, sum(entry.samples for entry in work), sum(entry.length for entry in work))
+        branches = MAX_BRANCHES
+        for row, (entry, fitting) in offers.items():
+            # The verifier adds a token of its own behind those that hold.
+            may = residency.room(entry.seq) - 1
+            room = residency.extend_if_free(entry.seq, min(max(counts[row]), spare, may), new_blocks)
+            for draft, wanted in zip(fitting, counts[row], strict=True):
+                beside = bool(entry.drafts)
+                # A branch begins with the token before it, once more.
+                count = min(wanted, room, spare - beside)
+                if count > 0 and branches >= beside:
+                    entry.drafts.append(draft.token_ids[:count])
+                    entry.proposed.append(draft)
+                    branches -= beside
+                    spare -= count + beside
 
-    def select(self, offers: Mapping[int, tuple[Sequence, Draft]], num_sequences: int, num_tokens: int) -> dict[int, int]:
-        """Row to how many tokens of its draft to verify, in a step of `num_tokens` for `num_sequences`.
+    def _choose(
+        self, offers: Mapping[int, tuple[Scheduled, List[Draft]]], num_sequences: int, num_tokens: int
+    ) -> dict[int, list[int]]:
+        """Row to how many tokens of each of its drafts to verify, in a step of `num_tokens` for `num_sequences`.
 
         A class with a fixed number gets it; for the others the policy chooses.
         """
-        fixed = {row: len(draft.token_ids) for row, (seq, draft) in offers.items() if seq.slo.speculation != "auto"}
-        survivals = {row: self.survivals(seq, draft) for row, (seq, draft) in offers.items() if row not in fixed}
-        return fixed | self.policy.choose(num_sequences, num_tokens + sum(fixed.values()), survivals)
+        fixed, survivals = {}, {}
+        for row, (entry, fitting) in offers.items():
+            if entry.seq.slo.speculation == "auto":
+                survivals[row] = [self._acceptance.survivals(draft, entry.seq.draft_record) for draft in fitting]
+            else:
+                fixed[row] = [len(draft.token_ids) for draft in fitting]
+        return fixed | self.policy.choose(num_sequences, num_tokens + sum(map(sum, fixed.values())), survivals)
 
-    def survivals(self, seq: Sequence, draft: Draft) -> list[float]:
-        """See `Acceptance.survivals`."""
-        return self._acceptance.survivals(draft, seq.draft_record)
+    def survivals(self, work: List[Scheduled]) -> dict[int, tuple[list[int], list[float]]]:
+        """Each row that samples, the tokens of its first draft, and for each of these the chance that it and those before
+        it hold."""
+        found: dict[int, tuple[list[int], list[float]]] = {}
+        for entry in work:
+            if entry.samples and not entry.drafts:
+                found[entry.row] = ([], [])
+            elif entry.samples:
+                tokens = entry.drafts[0]
+                chances = self._acceptance.survivals(entry.proposed[0], entry.seq.draft_record)
+                found[entry.row] = (tokens, chances[: len(tokens)])
+        return found
 
-    def observe(self, seq: Sequence, draft: Draft, offered: int, accepted: int) -> None:
-        """The first `offered` tokens of a draft were verified; the first `accepted` held."""
-        self._acceptance.observe(draft, offered, accepted, seq.draft_record)
-        for counts, count in ((self._stats.drafted_by_kind, offered), (self._stats.accepted_by_kind, accepted)):
-            counts[draft.kind] = counts.get(draft.kind, 0) + count
-        behind = accepted + 1
-        if seq.row is not None and behind < len(draft.token_ids):
-            rest = draft.token_ids[behind:]
-            self._rests[seq.row] = Draft(draft.base_len + behind, rest, draft.confidences[behind:], kind=REST)
+    def observe(self, entry: Scheduled, token_ids: List[int]) -> None:
+        """What a step made of an entry: draft tokens that held, and one of the verifier's own."""
+        seq = entry.seq
+        for draft, tokens in zip(entry.proposed, entry.drafts, strict=True):
+            held = _num_equal(tokens, token_ids[:-1])
+            seq.num_drafted += len(tokens)
+            self._stats.draft_tokens += len(tokens)
+            self._acceptance.observe(draft, len(tokens), held, seq.draft_record)
+            for counts, count in ((self._stats.drafted_by_kind, len(tokens)), (self._stats.accepted_by_kind, held)):
+                counts[draft.kind] = counts.get(draft.kind, 0) + count
+            rest = draft.token_ids[held + 1 :]
+            if rest and held == len(token_ids) - 1 and seq.row is not None:
+                self._rests[seq.row] = Draft(draft.base_len + held + 1, rest, draft.confidences[held + 1 :], kind=REST)
+
+
+def _fitting(entry: Scheduled, draft: Draft) -> list[Draft]:
+    """A draft and those beside it, if they go on from where the sequence is and no step under way will move that."""
+    seq = entry.seq
+    if not draft.token_ids or draft.base_len != len(seq.token_ids) or seq.num_sampling:
+        return []
+    return [draft, *(draft.others if entry.length == 1 and not draft.candidates else [])]
+
+
+def _num_equal(some: List[int], others: List[int]) -> int:
+    """Tokens before the first that differ."""
+    pairs = enumerate(zip(some, others, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(some), len(others)))

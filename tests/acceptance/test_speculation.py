@@ -53,18 +53,26 @@ def models() -> Models:
 
 
 @pytest.mark.parametrize("in_flight", [1, 8])
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize(
+    ("draft", "width"), [(draft, width) for draft in DRAFTS for width in (1, 4) if width == 1 or "foreseen" not in draft]
+)
 def test_greedy_in_float32_equals_generate(
-    models: Models, prompts: list[list[int]], oracle: list[list[int]], draft: str, in_flight: int
+    models: Models, prompts: list[list[int]], oracle: list[list[int]], draft: str, width: int, in_flight: int
 ) -> None:
-    sizes = {"max_num_seqs": in_flight, "max_num_batched_tokens": 256, "enable_prefix_caching": False}
+    sizes = {
+        "draft_branches": width,
+        "max_num_seqs": in_flight,
+        "max_num_batched_tokens": 256,
+        "enable_prefix_caching": False,
+    }
     if draft.startswith("eagle"):
         assert HEAD is not None
         models.paged.tap(load_eagle(Path(HEAD)).config.feature_layers)
         head = load_eagle_drafter(Path(HEAD), LoadOptions(path=PATH, dtype="float32"), num_blocks=1200)
         model = CombinedDrafter(NgramDrafter(), head) if "ngram" in draft else head
         config = engine_config(max_model_len=1024, num_blocks=1200, block_size=16, **sizes)
-        engine = Engine(config, LocalExecutor(models.paged, publish=model.take), LocalDrafter(model))
+        executor = LocalExecutor(models.paged, publish=model.take, num_blocks=1200)
+        engine = Engine(config, executor, LocalDrafter(model))
     else:
         kind = draft if draft == "ngram" else 0.02
         engine = models.engine(kind, num_outcomes=6 if "foreseen" in draft else 0, **sizes)
@@ -73,7 +81,8 @@ def test_greedy_in_float32_equals_generate(
     answers = run_to_end(engine, max_steps=10_000).tokens
     assert [answers[str(number)] for number in range(len(prompts))] == oracle
     stats = engine.stats
-    print(f"{draft}: {stats.accepted_draft_tokens} of {stats.draft_tokens} draft tokens accepted, {stats.accepted_by_kind}")
+    print(f"{draft}, width {width}: {stats.accepted_draft_tokens} of {stats.draft_tokens} draft tokens accepted, by kind:")
+    print(stats.accepted_by_kind)
 
 
 @pytest.mark.parametrize("in_flight", [1, 8])

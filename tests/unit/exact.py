@@ -15,10 +15,12 @@ from tiny import TINY, save_model
 RULES: list[tuple[str | float, str]] = [
     ("none", "one_hot"),
     (0.3, "one_hot"),
+    (0.3, "branches"),
     (0.3, "token"),
     (0.3, "block"),
 ]
-"""Draft, and how it is verified. Without chance in a draft (n-grams, say) answers are compared token by token elsewhere."""
+"""Draft, and how it is verified; with branches, by the first rule. Without chance in a draft (n-grams, say) answers are
+compared token by token elsewhere."""
 
 
 def check_three_tokens(folder: Path, draft: str | float, rule: str, *, in_flight: int, seeds: int) -> None:
@@ -32,7 +34,13 @@ def check_three_tokens(folder: Path, draft: str | float, rule: str, *, in_flight
     prompt, count = [3, 1, 3, 1], seeds
     fields = {"temperature": 1.3, "top_k": 5, "top_p": 0.95}
     exact = _exact(models, prompt, temperature=1.3, top_k=5, top_p=0.95)
-    engine = models.engine(draft, max_num_seqs=in_flight, sampled_drafts=rule != "one_hot", block=rule == "block")
+    engine = models.engine(
+        draft,
+        max_num_seqs=in_flight,
+        sampled_drafts=rule in ("token", "block"),
+        block=rule == "block",
+        draft_branches=3 if rule == "branches" else 1,
+    )
     for seed in range(seeds):
         engine.add(make_request(prompt, id=str(seed), seed=seed, max_tokens=3, **fields))
     seen = Counter(tuple(tokens) for tokens in run_to_end(engine, max_steps=10_000).tokens.values())

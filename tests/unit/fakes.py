@@ -61,7 +61,9 @@ class FakeExecutor:
         if timeout_s:
             return None
         batch = self.waiting.popleft()
-        assert sum(batch.lengths) + sum(map(len, batch.drafts.values())) <= self._config.max_num_batched_tokens
+        branches = sum(len(branch) + 1 for row in batch.branches.values() for branch in row)
+        drafts = sum(map(len, batch.drafts.values()))
+        assert sum(batch.lengths) + drafts + branches <= self._config.max_num_batched_tokens
         assert len(batch.rows) <= self._config.max_num_seqs
         results = []
         for work in self._rows.apply(batch):
@@ -73,8 +75,14 @@ class FakeExecutor:
                 continue
             known = len(work.row.token_ids)
             context = [self._read(work.row.block_ids, position) for position in range(known + len(work.draft))]
-            drawn = [next_token(context[: known + offset]) for offset in range(len(work.draft) + 1)]
-            accepted = verify(work.draft, drawn)
+            accepted: list[int] = []
+            for draft in (work.draft, *work.branches):
+                context[known:] = draft
+                drawn = [next_token(context[: known + offset]) for offset in range(len(draft) + 1)]
+                accepted = max(accepted, verify(draft, drawn), key=len)
+            for offset, token in enumerate(accepted[:-1]):
+                block, slot = self._locate(work.row.block_ids, known + offset)
+                self._kv[block][slot] = token
             work.row.token_ids += accepted
             results.append(accepted)
         return StepResult(batch.step, results, {}, self.seconds)

@@ -11,7 +11,7 @@ from tailserve.engine.model.draft import ModelDrafter
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.local import LocalExecutor
 from tailserve.engine.model.paged import PagedModel
-from tailserve.engine.options import LoadOptions
+from tailserve.engine.options import LoadOptions, spare_blocks
 from tailserve.engine.speculation.drafter import DraftModel, DraftResult, DraftWork
 from tailserve.engine.speculation.ngram import NgramDrafter
 from tailserve.engine.types import ModelInfo
@@ -37,7 +37,7 @@ class Models:
     def __init__(self, path: str, **options: object) -> None:
         self.path = path
         self.options = options
-        self.paged, self.info = self._load()
+        self.paged, self.info = self._load(num_spare_blocks=spare_blocks(int(options.get("block_size", 16))))  # type: ignore[call-overload]
         self._drafts: dict[float, tuple[PagedModel, ModelInfo]] = {}
 
     def engine(self, draft: str | float = "none", *, block: bool = False, **config: object) -> Engine:
@@ -58,7 +58,8 @@ class Models:
                 | config
             )
         )
-        return Engine(settings, LocalExecutor(self.paged, block_verification=block), drafter)
+        executor = LocalExecutor(self.paged, block_verification=block, num_blocks=self.info.num_blocks)
+        return Engine(settings, executor, drafter)
 
     def _drafter(self, draft: str | float) -> LocalDrafter | None:
         if draft == "none":

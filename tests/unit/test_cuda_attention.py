@@ -1,10 +1,5 @@
 """The CUDA kernels against the reference backend, by Triton's interpreter: no GPU, the same program."""
 
-import os
-
-# Read when the kernels are decorated, which nothing else in these tests does.
-os.environ["TRITON_INTERPRET"] = "1"
-
 from pathlib import Path
 
 import numpy as np

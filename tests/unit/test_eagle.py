@@ -190,9 +190,12 @@ def test_tokens_that_are_unlikely_to_be_reached_are_not_drafted(tiny_llama: str,
     assert len(draft.token_ids) == 1
 
 
+@pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("ngrams", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_answers_do_not_depend_on_the_head(tiny_llama: str, head: EagleHead, ngrams: bool, temperature: float) -> None:
+def test_answers_do_not_depend_on_the_head(
+    tiny_llama: str, head: EagleHead, ngrams: bool, temperature: float, width: int
+) -> None:
     models = Models(tiny_llama, num_blocks=200, block_size=16)
     wanted = [
         make_request(prompt, id=str(n), seed=n, max_tokens=20, temperature=temperature, scope="all")
@@ -205,14 +208,42 @@ def test_answers_do_not_depend_on_the_head(tiny_llama: str, head: EagleHead, ngr
     rows = drafter(head, tiny_llama)
     model = CombinedDrafter(NgramDrafter(), rows) if ngrams else rows
     models.paged.tap(LAYERS)
-    config = engine_config(max_model_len=models.info.max_model_len, num_blocks=200, block_size=16, max_num_batched_tokens=64)
-    engine = Engine(config, LocalExecutor(models.paged, publish=model.take), LocalDrafter(model))
+    config = engine_config(
+        max_model_len=models.info.max_model_len,
+        num_blocks=200,
+        block_size=16,
+        max_num_batched_tokens=64,
+        draft_branches=width,
+    )
+    executor = LocalExecutor(models.paged, publish=model.take, num_blocks=200)
+    engine = Engine(config, executor, LocalDrafter(model))
     # The second round's prompts are cached, so their states never come.
     for _ in range(2):
         for request in wanted:
             engine.add(request)
         assert run_to_end(engine).tokens == expected
     assert engine.stats.draft_tokens > 100
+    assert ("eagle beside" in engine.stats.drafted_by_kind) == (width > 1)
+
+
+def test_a_branch_drafts_what_its_first_token_leads_to(tiny_llama: str, head: EagleHead) -> None:
+    """The same head, told that the branch's first token is the text, drafts the branch's others."""
+    torch.manual_seed(0)
+    features = torch.randn(21, len(LAYERS) * TINY["hidden_size"])
+    tokens = list(range(1, 22))
+    rows = drafter(head, tiny_llama)
+    rows.take(message(0, 1, 0, tokens, features))
+    draft = rows.run(DraftWork(0, 0, [DraftRow(1, 0, [0, *tokens], 4, width=3)], [])).drafts[1]
+    assert len(draft.others) == 2
+    for other in draft.others:
+        alone = drafter(head, tiny_llama)
+        alone.take(message(0, 1, 0, tokens, features))
+        chains = alone.begin([DraftRow(1, 0, [0, *tokens], 4)], 0.0)
+        (chain,) = chains[1]
+        column = head.draft_tokens.tolist().index(other.token_ids[0])
+        chain.draft.token_ids[:], chain.columns[:] = [other.token_ids[0]], [column]
+        alone.go_on([chain], 0.0)
+        assert chain.token_ids == other.token_ids
 
 
 def test_a_head_is_read_back_and_refused_where_it_does_not_fit(tiny_llama: str, head: EagleHead, tmp_path: Path) -> None:

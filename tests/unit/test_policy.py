@@ -30,27 +30,35 @@ def test_the_choice_is_the_best_of_all_choices() -> None:
             for row in range(3)
         }
 
+        drafts = {row: [chances] for row, chances in survivals.items()}
+
         def rate(counts: dict[int, int], cost: StepTimes = cost, survivals: dict[int, list[float]] = survivals) -> float:
             expected = 3 + sum(sum(survivals[row][:count]) for row, count in counts.items())
             return expected / (cost.predict(3 + sum(counts.values())) or 1)
 
-        chosen = DraftPolicy(cost).choose(3, 3, survivals)
+        chosen = {row: counts[0] for row, counts in DraftPolicy(cost).choose(3, 3, drafts).items()}
         best = max(rate(dict(enumerate(counts))) for counts in itertools.product(range(4), repeat=3))
         # The costs are interpolated between sizes, so the best is a prefix of the sorted offers but for their corners.
         assert rate(chosen) > 0.98 * best
 
 
 def test_cheap_tokens_are_all_verified_and_dear_ones_not_at_all() -> None:
-    survivals = {0: [0.9, 0.8], 1: [0.5, 0.2]}
-    assert DraftPolicy(times(0.01, 0.0)).choose(2, 2, survivals) == {0: 2, 1: 2}
-    assert DraftPolicy(times(0.0, 0.01)).choose(2, 2, survivals) == {0: 0, 1: 0}
+    survivals = {0: [[0.9, 0.8]], 1: [[0.5, 0.2], [0.3]]}
+    assert DraftPolicy(times(0.01, 0.0)).choose(2, 2, survivals) == {0: [2], 1: [2, 1]}
+    assert DraftPolicy(times(0.0, 0.01)).choose(2, 2, survivals) == {0: [0], 1: [0, 0]}
+
+
+@pytest.mark.parametrize(("chance", "taken"), [(0.25, 0), (0.5, 1)])
+def test_a_branch_must_bring_what_two_tokens_cost(chance: float, taken: int) -> None:
+    """A token costs a fifth of a step here, so that 0.4 tokens must come of a branch of one, and more once others did."""
+    assert DraftPolicy(times(0.01, 0.0025)).choose(1, 1, {0: [[], [chance]]}) == {0: [0, taken]}
 
 
 def test_without_known_costs_everything_is_verified() -> None:
-    assert DraftPolicy(StepTimes()).choose(1, 1, {0: [0.1, 0.1]}) == {0: 2}
+    assert DraftPolicy(StepTimes()).choose(1, 1, {0: [[0.1, 0.1], [0.1]]}) == {0: [2, 1]}
 
 
-@pytest.mark.parametrize(("count", "expected"), [(8, [64, 128, 256, 512]), (1, [TRIAL] * 4)])
+@pytest.mark.parametrize(("count", "expected"), [(8, [128, 256, 512, 1024]), (1, [TRIAL] * 4)])
 def test_drafting_rests_where_it_does_not_pay_and_longer_each_time_but_for_one(count: int, expected: list[int]) -> None:
     policy = DraftPolicy(times(0.01, 0.0))
     rests = []
@@ -58,7 +66,8 @@ def test_drafting_rests_where_it_does_not_pay_and_longer_each_time_but_for_one(c
         for _ in range(TRIAL):
             assert policy.pays(count)
             policy.note_step(count, count, 0.02 * count, 0.01, drafted=True)
-        assert policy.pays(4), "another number of sequences has its own record"
+        assert policy.pays(4), "what does not pay for eight may pay for four"
+        assert policy.pays(64) == (count == 1), "what does not pay for eight does not for more"
         steps = 0
         while not policy.pays(count):
             policy.note_step(count, count, 0.0101, 0.01, drafted=False)
