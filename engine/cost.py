@@ -11,8 +11,11 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Tokens of a step whose times are kept; what lies between is interpolated."""
 WEIGHT = 0.2
 """Of the newest step in a size's running mean."""
-DRIFT = 0.05
+DRIFT = 0.02
 """What of its deviation the other sizes take over: longer contexts and a busier machine slow all of them down."""
+WORST = 2.0
+"""Times the expected that a step counts as having taken at most. Were only what the others take over limited, they would
+sink: single steps are often far too slow, and never far too fast."""
 
 
 class StepTimes:
@@ -32,17 +35,18 @@ class StepTimes:
         return self._means[low] + share * (self._means[high] - self._means[low])
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Learns from a step that ran; one without a duration says nothing."""
-        if seconds <= 0:
+        """Learns from a step that ran; one without tokens (it only told that rows are gone) or duration says nothing."""
+        if num_tokens <= 0 or seconds <= 0:
             return
         low, high, share = self._around(num_tokens)
         expected = self.predict(num_tokens)
         if expected is None:
             self._means[low] = self._means[high] = seconds
             return
+        seconds = min(seconds, WORST * expected)
         error = seconds - expected
         for size in self._means:
-            self._means[size] *= 1 + DRIFT * min(error / expected, 1.0)
+            self._means[size] *= 1 + DRIFT * error / expected
         error = seconds - (self.predict(num_tokens) or 0.0)
         for size, part in ((low, 1 - share), (high, share)):
             if part:
@@ -64,4 +68,5 @@ class StepTimes:
 
 def count_tokens(batch: Batch) -> int:
     """Tokens that a batch computes, drafts included."""
-    return sum(batch.lengths) + sum(map(len, batch.drafts.values()))
+    branches = sum(len(branch) + 1 for some in batch.branches.values() for branch in some)
+    return sum(batch.lengths) + sum(map(len, batch.drafts.values())) + branches

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from local import LocalDrafter
-from lone import LonePrompts
+from lone import InlineDrafts, LonePrompts
 
 from tailserve.deployments.bench.report import table
 from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork, with_others
@@ -68,7 +67,7 @@ def main() -> None:
     plain = prompts.run("off", None)
     kinds: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
         "stand-in": lambda: (StandIn(plain.answers), {}),
-        "n-grams": lambda: (LocalDrafter(NgramDrafter()), {}),
+        "n-grams": lambda: (InlineDrafts(NgramDrafter()), {}),
     }
     if args.head:
         from tailserve.engine.model.combined_drafter import CombinedDrafter
@@ -79,7 +78,7 @@ def main() -> None:
 
         def with_head() -> tuple[Any, dict[str, Any]]:
             both = CombinedDrafter(NgramDrafter(), load_eagle_drafter(args.head, prompts.options, num_blocks=1024))
-            return LocalDrafter(both), {"publish": both.take}
+            return InlineDrafts(both), {"publish": both.take}
 
         kinds["n-grams and head"] = with_head
     rows = []

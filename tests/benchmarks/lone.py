@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from chat_prompts import CHAT_PROMPTS
 from fakes import engine_config, make_request
+from local import LocalDrafter as InlineDrafts
 from msgspec.structs import replace
 from transformers import AutoTokenizer
 
@@ -21,6 +22,8 @@ from tailserve.engine.model.local import LocalExecutor
 from tailserve.engine.model.profile import profile_steps
 from tailserve.engine.options import LoadOptions, spare_blocks
 from tailserve.engine.speculation.drafter import Drafter
+
+__all__ = ["InlineDrafts", "LonePrompts", "Run"]
 
 
 class Run(NamedTuple):

@@ -21,7 +21,7 @@ def test_a_profile_holds_until_steps_say_otherwise() -> None:
         times.observe(8, 0.028)
     assert times.predict(8) == pytest.approx(0.028, rel=0.02)
     # What slowed one size down slowed the others down as well.
-    assert times.predict(4) > 1.1 * 0.012  # type: ignore[operator]
+    assert times.predict(4) > 1.05 * 0.012  # type: ignore[operator]
 
 
 def test_more_tokens_never_take_less_time() -> None:
@@ -38,3 +38,13 @@ def test_one_slow_step_does_not_count_for_all() -> None:
     for _ in range(40):
         times.observe(1, 0.01)
     assert times.predict(1) < 0.02  # type: ignore[operator]
+
+
+def test_noise_moves_no_size_that_does_not_run() -> None:
+    """Steps that are mostly a little too fast and at times far too slow, and ones that only tell of rows that are gone."""
+    times = StepTimes([(size, 0.01) for size in (1, 2, 4, 8, 16)])
+    for n in range(600):
+        times.observe(8, 0.04 if n % 12 == 0 else 0.0082)
+        times.observe(0, 0.0001)
+    assert times.predict(1) == pytest.approx(times.predict(8), rel=0.15)
+    assert times.predict(1) > 0.0075  # type: ignore[operator]
