@@ -13,9 +13,12 @@ from tailserve.engine.types import SloClass
 
 
 def _check_speculation(value: object) -> object:
-    if value in ("auto", "off") or (isinstance(value, int) and 0 <= value <= 32):
+    # YAML's bare `off` is false.
+    if value is False:
+        return "off"
+    if value in ("auto", "off") or (isinstance(value, int) and value is not True and 0 <= value <= 32):
         return value
-    raise ValueError(f"{value!r} is no number of draft tokens: use auto, off, or 1 to 32 draft tokens")
+    raise ValueError(f"{value!r} is no number of draft tokens: use auto, off, or 1 to 32 draft tokens (0: off)")
 
 
 Speculation = Annotated[Literal["auto", "off"] | int, BeforeValidator(_check_speculation)]

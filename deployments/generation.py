@@ -40,6 +40,7 @@ class Choice:
     def take(self, chunk: TokenChunk) -> Piece | None:
         """The piece a chunk adds; None if it adds nothing to show."""
         self.num_tokens += len(chunk.token_ids)
+        alone = 0 < self.num_tokens <= chunk.usage.prefix_tokens
         final = chunk.finish_reason is not None
         self.usage = chunk.usage
         # A stop token is not part of the answer.
@@ -48,11 +49,10 @@ class Choice:
         logprobs = (chunk.logprobs or ())[: len(shown)]
         if stop is not None:
             self.finished = True
-            return Piece(self.index, text, logprobs, FinishReason.STOP, stop)
+            return Piece(self.index, text, logprobs, FinishReason.STOP, stop, alone)
         self.finished = final
         if not text and not final and not logprobs:
             return None
-        alone = 0 < self.num_tokens <= chunk.usage.prefix_tokens
         return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason, alone)
 
 

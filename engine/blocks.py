@@ -44,6 +44,10 @@ class BlockPool:
         """Share of the blocks that sequences hold, 0 to 1."""
         return 1.0 - len(self._free) / self.num_blocks
 
+    def take(self, count: int) -> list[int] | None:
+        """`allocate`, or None if there are not so many."""
+        return self.allocate(count) if count <= self.num_free else None
+
     def allocate(self, count: int) -> list[int]:
         """Takes `count` blocks with undefined content. The caller has checked `num_free`; IndexError otherwise."""
         if count > len(self._free):

@@ -108,7 +108,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Takes a request in. InvalidRequestError if it could never run."""
-        self.scheduler.add(request, self._clock(), drafts=self.drafts is not None)
+        self.scheduler.add(request, self._clock(), drafts=self.drafts is not None and self.drafts.available)
 
     def abort(self, request_id: str) -> TokenChunk | None:
         """Ends a request and frees its blocks; its last chunk, or None if it has ended already."""
@@ -135,8 +135,6 @@ class Engine:
             if not self._under_way:
                 self._committed_at = None
                 return self.scheduler.take_ended()
-            if self.drafts:
-                self.drafts.ask_prefixes(self.scheduler.residency.running)
             result = self._executor.poll(self._time_to_spare())
         except ExecutorLostError as error:
             return self._recover(error.message)
@@ -157,6 +155,7 @@ class Engine:
         if self.drafts is None:
             return []
         found = self.drafts.take_prefixes()
+        self.drafts.ask_prefixes(self.scheduler.residency.running)
         return [chunk for row, tokens in found.items() if (chunk := self.scheduler.take_prefix(row, tokens)) is not None]
 
     @property
@@ -169,9 +168,9 @@ class Engine:
         return 1 if behind_drafts or self.drafts.wanted(self.scheduler.residency.running) else 2
 
     def _note_step(self, done: _UnderWay, result: StepResult) -> None:
-        """What a step that only generates says of drafting."""
+        """What a step says of drafting."""
         now, before = self._clock(), self._committed_at
-        self._committed_at = now
+        self._committed_at = now if self.has_work else None
         if not done.only_generates:
             self._policy.note_mixed_step(done.num_sequences, drafted=done.drafted)
         elif before is not None and now > before:
@@ -195,6 +194,8 @@ class Engine:
             )
             if len(self._under_way) == 1:
                 self._expect_end()
+            if self.drafts:
+                self.drafts.ask_prefixes(running)
             if self.drafts and wanted and self.drafts.foresees:
                 self.drafts.foresee(batch.step, self.scheduler.residency.running, self.scheduler.survivals(batch.step))
 

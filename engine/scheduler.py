@@ -158,7 +158,7 @@ class Scheduler:
             return None
         seq.awaits_prefix = False
         sampling = seq.request.sampling
-        # A draft ends no answer.
+        # No stop token of a draft ends an answer.
         ends = {*sampling.eos_token_ids, *sampling.stop_token_ids}
         count = next((place for place, token in enumerate(token_ids) if token in ends), len(token_ids))
         tokens = token_ids[: min(count, self.residency.room(seq) - 1)]

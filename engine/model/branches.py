@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tailserve.engine.blocks import BlockPool
+from tailserve.engine.model.branch_blocks import branch_blocks
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.proposals import Proposal, extend
 from tailserve.engine.model.spans import Span
@@ -66,7 +67,6 @@ def draft_branches(
     model: PagedModel,
     pool: BlockPool,
     branches: Sequence[tuple[Branch, Sequence[int]]],
-    least: float,
     vocabulary: VocabularyMap | None,
 ) -> list[Outcome]:
     """Drafts greedily behind each branch; `branches` come with their row's blocks. Those without room are left out."""
@@ -76,20 +76,15 @@ def draft_branches(
     while alive:
         logits = model.forward([branch.next_span(own) for branch in alive])
         extend(alive, logits if own is None else logits[:, own], names)
-        alive = [branch for branch in alive if branch.goes_on(least)]
+        alive = [branch for branch in alive if branch.goes_on()]
     for branch in placed:
         pool.release(branch.own)
     return [Outcome(branch.row.row, branch.token_id, branch.draft) for branch in placed]
 
 
 def place(model: PagedModel, pool: BlockPool, branch: Branch, blocks: Sequence[int]) -> bool:
-    """Gives a branch its blocks, the first of them with what its row has in there."""
-    full, begun = divmod(branch.start, pool.block_size)
-    need = -(-(branch.start + branch.limit) // pool.block_size) - full
-    if need > pool.num_free:
-        return False
-    branch.own = pool.allocate(need)
-    if begun:
-        model.copy_block(blocks[full], branch.own[0])
-    branch.block_ids = [*blocks[:full], *branch.own]
-    return True
+    """Gives a branch its blocks; False if there are none."""
+    found = branch_blocks(blocks, branch.start, branch.limit, pool.block_size, pool.take, model.copy_block)
+    if found is not None:
+        branch.block_ids, branch.own = found
+    return found is not None

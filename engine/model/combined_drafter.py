@@ -35,7 +35,7 @@ class CombinedDrafter:
         """See `DraftModel.run`."""
         begin = time.perf_counter()
         matches = self._ngrams.run(work).drafts
-        chains = self._head.begin(work.rows, work.least)
+        chains = self._head.begin(work)
         widths = {entry.row: entry.width for entry in work.rows}
         orders: dict[int, list[Draft]] = {}
         for number in chains.keys() | matches.keys():
@@ -44,7 +44,7 @@ class CombinedDrafter:
             orders[number] = (guesses if match is None else _order(match, guesses))[: widths[number]]
         wanted = {id(draft) for order in orders.values() for draft in order}
         # Drafts of chains grow where they are.
-        self._head.go_on([chain for found in chains.values() for chain in found if id(chain.draft) in wanted], work.least)
+        self._head.go_on([chain for found in chains.values() for chain in found if id(chain.draft) in wanted])
         drafts = {number: with_others(order, widths[number]) for number, order in orders.items()}
         return DraftResult(work.number, drafts, time.perf_counter() - begin)
 

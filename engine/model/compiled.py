@@ -36,6 +36,8 @@ class DecoderSettings:
     """How to build a compiled decoder."""
 
     num_blocks: int
+    """Those to spare among them."""
+    num_spare_blocks: int
     block_size: int
     max_model_len: int
     num_threads: int
@@ -44,7 +46,9 @@ class DecoderSettings:
     @classmethod
     def of(cls, options: LoadOptions, num_blocks: int, max_model_len: int) -> DecoderSettings:
         threads = options.num_threads or os.cpu_count() or 1
-        return cls(num_blocks, options.block_size, max_model_len, threads, options.quantization == "int8")
+        return cls(
+            num_blocks, options.num_spare_blocks, options.block_size, max_model_len, threads, options.quantization == "int8"
+        )
 
 
 def wants_compiled(model: PreTrainedModel, options: LoadOptions) -> bool:
@@ -80,6 +84,7 @@ def compile_model(model: PreTrainedModel, settings: DecoderSettings, expected: l
     paged = CompiledDecoder(
         model,
         num_blocks=settings.num_blocks,
+        num_spare_blocks=settings.num_spare_blocks,
         block_size=settings.block_size,
         max_model_len=settings.max_model_len,
         num_threads=settings.num_threads,
@@ -131,7 +136,7 @@ def fill_cache(dtype: torch.dtype, *, int8: bool) -> None:
             LlamaForCausalLM(config).save_pretrained(folder)
             model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
         model.requires_grad_(False)
-        compile_model(model, DecoderSettings(8, PAGE, 64, 1, int8), eager_logits(model))
+        compile_model(model, DecoderSettings(8, 0, PAGE, 64, 1, int8), eager_logits(model))
 
 
 def fill_head_cache(dtype: torch.dtype) -> None:

@@ -57,11 +57,13 @@ class CompiledDecoder:
         model: PreTrainedModel,
         *,
         num_blocks: int,
+        num_spare_blocks: int = 0,
         block_size: int,
         max_model_len: int,
         num_threads: int,
         int8: bool = False,
     ) -> None:
+        """`num_spare_blocks`: the last of them, which are used out of turn."""
         attention: Any = model.model.layers[0].self_attn
         self.num_blocks, self.block_size = num_blocks, block_size
         self._num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
@@ -89,14 +91,14 @@ class CompiledDecoder:
         """The CPU's ticks that each of PARTS has taken since the start."""
         keys, values = panel_shapes(layers, num_blocks, kv_heads, block_size, head_dim, 4 // kind.itemsize)
         self._keys, self._values = untouched_zeros(keys, kind), untouched_zeros(values, kind)
-        self._reserve = Reserve([self._keys, self._values])
+        self._reserve = Reserve([self._keys, self._values], num_spare_blocks)
 
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """See `PagedModel.forward`."""
         # A limit of the calling thread, which may be another one than that which loaded the model.
         numba.set_num_threads(self._num_threads)
         batch = pack(spans, self.block_size)
-        self._reserve.note_use(int(batch.block_tables.max()))
+        self._reserve.note_use(batch.block_tables)
         if len(batch.token_ids) > self._scratch.hidden.size // self._weights.input_norm.shape[1]:
             self._scratch = allocate_scratch(self._weights.layers, self._shape, 2 * len(batch.token_ids), self._kind)
         width = len(self._tapped) * self._weights.input_norm.shape[1]

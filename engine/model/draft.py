@@ -94,11 +94,16 @@ class ModelDrafter:
     def _propose(self, work: DraftWork) -> dict[int, Draft]:
         spans: dict[int, Span] = {}
         proposals: dict[int, Proposal] = {}
+        refused: dict[int, Draft] = {}
         budget = self._budget
         for entry in work.rows:
             row = self._rows[entry.row]
             pending = row.token_ids[len(row.computed) :][:budget]
-            if not pending or not self._reserve(row, len(row.token_ids) + entry.num_tokens - 1):
+            if not self._reserve(row, len(row.token_ids) + entry.num_tokens - 1):
+                # Nor will there be one if asked again, as it may be of rows that are missing.
+                refused[entry.row] = Draft(entry.keep + len(entry.token_ids), [], kind=KIND)
+                continue
+            if not pending:
                 continue
             budget -= len(pending)
             complete = len(row.computed) + len(pending) == len(row.token_ids)
@@ -106,30 +111,28 @@ class ModelDrafter:
             if complete:
                 proposals[entry.row] = Proposal(entry, KIND)
         if not spans:
-            return {}
+            return refused
         logits = self._forward(list(spans.values()))
         for number, span in spans.items():
             self._rows[number].computed += span.token_ids
         extend(list(proposals.values()), logits, self._names)
         branches = {
-            number: self._beside(proposal, own, work.least)
-            for (number, proposal), own in zip(proposals.items(), logits, strict=True)
+            number: self._beside(proposal, own) for (number, proposal), own in zip(proposals.items(), logits, strict=True)
         }
-        self._go_on(proposals, [branch for some in branches.values() for branch in some], work.least)
-        return {
-            number: with_others([proposal.draft, *(branch.whole for branch in branches[number])], entry.width)
+        self._go_on(proposals, [branch for some in branches.values() for branch in some])
+        return refused | {
+            number: with_others([proposal.draft, *(branch.whole for branch in branches[number])], proposal.row.width)
             for number, proposal in proposals.items()
-            if (entry := proposal.row)
         }
 
-    def _beside(self, first: Proposal, logits: torch.Tensor, least: float) -> list[Branch]:
+    def _beside(self, first: Proposal, logits: torch.Tensor) -> list[Branch]:
         """Branches that begin with the next most likely tokens."""
         entry = first.row
         if entry.width == 1 or entry.temperature > 0:
             return []
         row = self._rows[entry.row]
         # A branch costs a token more than it has.
-        found = [(column, share) for column, share in runners_up(logits, entry.width - 1) if share >= 2 * least]
+        found = [(column, share) for column, share in runners_up(logits, entry.width - 1) if share >= 2 * entry.least]
         branches = []
         for column, share in found:
             token = column if self._names is None else self._names[column]
@@ -138,15 +141,15 @@ class ModelDrafter:
             branches.append(branch)
         return branches
 
-    def _go_on(self, proposals: dict[int, Proposal], branches: list[Branch], least: float) -> None:
+    def _go_on(self, proposals: dict[int, Proposal], branches: list[Branch]) -> None:
         """Adds tokens to all of them while they are likely enough to be reached, and not too many."""
-        wanted = [branch for branch in branches if branch.goes_on(least)]
+        wanted = [branch for branch in branches if branch.goes_on()]
         blocks = {number: self._rows[number].block_ids for number in proposals}
         beside = [branch for branch in wanted if place(self._model, self._pool, branch, blocks[branch.row.row])]
         own = None if self._vocabulary is None else self._vocabulary.own
         while True:
-            alive = {number: proposal for number, proposal in proposals.items() if proposal.goes_on(least)}
-            others = [branch for branch in beside if branch.goes_on(least)]
+            alive = {number: proposal for number, proposal in proposals.items() if proposal.goes_on()}
+            others = [branch for branch in beside if branch.goes_on()]
             spans = [self._next_span(number, proposal) for number, proposal in alive.items()]
             if not spans and not others:
                 break
@@ -180,7 +183,7 @@ class ModelDrafter:
             if known + len(outcome.draft) + entry.num_tokens < self._max_model_len:
                 found = branch_out(entry, known, outcome.draft, outcome.fan_out, likeliest, self._names, KIND)
                 branches += [(branch, row.block_ids) for branch in found]
-        return draft_branches(self._model, self._pool, branches, work.least, self._vocabulary)
+        return draft_branches(self._model, self._pool, branches, self._vocabulary)
 
     def _next_span(self, number: int, proposal: Proposal) -> Span:
         row, column = self._rows[number], proposal.columns[-1]

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from tailserve.engine.blocks import BlockPool
+from tailserve.engine.model.branch_blocks import branch_blocks
 from tailserve.engine.model.proposals import Proposal, extend, runners_up
 from tailserve.engine.model.spans import Span
 from tailserve.engine.options import BRANCH_TOKENS
@@ -101,7 +102,7 @@ class EagleDrafter:
     def take(self, message: StateMessage) -> None:
         """Keeps states; those of prompts are read at once, so that the first draft need not."""
         self.last_step = message.step
-        for number in message.leaves:
+        for number in list(self._rows) if message.fresh else message.leaves:
             self._drop(number)
         for entry in message.rows:
             row = self._rows.get(entry.row)
@@ -119,18 +120,18 @@ class EagleDrafter:
     def run(self, work: DraftWork) -> DraftResult:
         """See `DraftModel.run`."""
         begin = time.perf_counter()
-        for number in work.leaves:
-            self._drop(number)
-        chains = self.begin(work.rows, work.least)
-        self.go_on([chain for found in chains.values() for chain in found], work.least)
+        chains = self.begin(work)
+        self.go_on([chain for found in chains.values() for chain in found])
         drafts = {number: with_others([chain.draft for chain in found], len(found)) for number, found in chains.items()}
         return DraftResult(work.number, drafts, time.perf_counter() - begin)
 
     @torch.inference_mode()
-    def begin(self, entries: Sequence[DraftRow], least: float) -> dict[int, list[Chain]]:
-        """Row to drafts of one token, the likeliest first, for rows whose states are there."""
+    def begin(self, work: DraftWork) -> dict[int, list[Chain]]:
+        """Row to drafts of one token, the likeliest first, for rows whose states are there. Forgets rows that ended."""
+        for number in work.leaves:
+            self._drop(number)
         chains = {}
-        for entry in entries:
+        for entry in work.rows:
             row = self._rows.get(entry.row)
             base_len = entry.keep + len(entry.token_ids)
             if row is not None and row.token_ids and row.end == base_len - 1 and self._reserve(row, entry.num_tokens):
@@ -143,7 +144,7 @@ class EagleDrafter:
             asked = found[0].row
             for column, confidence in runners_up(own, asked.width - 1) if asked.width > 1 else ():
                 # A branch costs a token more than it has.
-                if confidence >= 2 * least:
+                if confidence >= 2 * asked.least:
                     found.append(self._beside(found[0], column, confidence))
         return chains
 
@@ -155,28 +156,25 @@ class EagleDrafter:
         return branch
 
     @torch.inference_mode()
-    def go_on(self, chains: Sequence[Chain], least: float) -> None:
+    def go_on(self, chains: Sequence[Chain]) -> None:
         """Adds tokens while they are likely enough to be reached, and not too many. Takes what `begin` made, or a part."""
-        alive = [chain for chain in chains if chain.goes_on(least) and (chain.own is None or self._place(chain))]
+        alive = [chain for chain in chains if chain.goes_on() and (chain.own is None or self._place(chain))]
         while alive:
             states = self._states[[chain.place for chain in alive]]
             self._add(alive, *self._model.step([chain.next_span() for chain in alive], states))
-            alive = [chain for chain in alive if chain.goes_on(least)]
+            alive = [chain for chain in alive if chain.goes_on()]
         for chain in chains:
             self._pool.release(chain.own or [])
 
     def _place(self, branch: Chain) -> bool:
-        """Gives a branch blocks, the first of them with what its row has in there; False if there are none."""
-        row, size = branch.cached, self._pool.block_size
-        full, begun = divmod(row.num_cached, size)
-        need = -(-(begun + branch.limit) // size)
-        if need > self._pool.num_free:
-            return False
-        branch.own = self._pool.allocate(need)
-        if begun:
-            self._model.copy_block(row.block_ids[full], branch.own[0])
-        branch.block_ids = [*row.block_ids[:full], *branch.own]
-        return True
+        """Gives a branch its blocks; False if there are none."""
+        row, pool = branch.cached, self._pool
+        found = branch_blocks(
+            row.block_ids, row.num_cached, branch.limit, pool.block_size, pool.take, self._model.copy_block
+        )
+        if found is not None:
+            branch.block_ids, branch.own = found
+        return found is not None
 
     def _add(self, chains: Sequence[Chain], states: torch.Tensor, logits: torch.Tensor) -> None:
         self._states = states

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tailserve.engine.model.branch_blocks import branch_blocks
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.rows import RowWork
 from tailserve.engine.model.spans import Span
@@ -32,18 +33,18 @@ def fork(model: PagedModel, work: Sequence[RowWork], spares: Sequence[int]) -> l
     """Chains for the branches of a batch; those for which there are no `spares` are left out."""
     chains: list[Chain] = []
     free = list(spares)
+
+    def take(count: int) -> list[int] | None:
+        taken, free[:] = free[:count], free[count:]
+        return taken if len(taken) == count else None
+
     for entry in work:
-        full, begun = divmod(entry.start, model.block_size)
         for branch in entry.branches:
-            need = -(-(begun + 1 + len(branch)) // model.block_size)
-            if need > len(free):
-                return chains
-            own, free = free[:need], free[need:]
-            if begun:
-                model.copy_block(entry.row.block_ids[full], own[0])
-            blocks = [*entry.row.block_ids[:full], *own]
-            span = Span([*entry.token_ids[:1], *branch], entry.start, blocks, len(branch) + 1)
-            chains.append(Chain(entry, branch, span, own))
+            count = 1 + len(branch)
+            found = branch_blocks(entry.row.block_ids, entry.start, count, model.block_size, take, model.copy_block)
+            if found is not None:
+                span = Span([*entry.token_ids[:1], *branch], entry.start, found.table, count)
+                chains.append(Chain(entry, branch, span, found.own))
     return chains
 
 

@@ -88,21 +88,26 @@ class Reserve:
     first use.
     """
 
-    def __init__(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+    def __init__(self, arrays: Sequence[npt.NDArray[Any]], num_spare: int = 0) -> None:
+        """The last `num_spare` blocks are used out of turn, and are there from the beginning."""
         self._arrays = arrays
-        self._num_blocks = arrays[0].shape[1]
+        self._num_blocks = arrays[0].shape[1] - num_spare
         self._highest = 0
         self._used_at = -math.inf
         self.thread = threading.Thread(target=self._run, name="reserve", daemon=True)
         if sys.platform == "linux":
             size = sum(array.nbytes for array in arrays)
             self._begin = min(math.ceil(_AT_ONCE / max(size, 1) * self._num_blocks), self._num_blocks)
+            self._take(self._num_blocks, self._num_blocks + num_spare)
             if self._take(0, self._begin):
                 self.thread.start()
 
-    def note_use(self, highest_block: int) -> None:
-        """Called at each step."""
-        self._highest = max(self._highest, highest_block)
+    def note_use(self, blocks: npt.NDArray[Any]) -> None:
+        """Called at each step with the blocks it uses."""
+        highest = int(blocks.max())
+        if highest >= self._num_blocks:
+            highest = int(blocks[blocks < self._num_blocks].max(initial=0))
+        self._highest = max(self._highest, highest)
         self._used_at = time.monotonic()
 
     def _run(self) -> None:

@@ -32,9 +32,9 @@ class Proposal:
     def token_ids(self) -> list[int]:
         return self.draft.token_ids
 
-    def goes_on(self, least: float) -> bool:
+    def goes_on(self) -> bool:
         """Whether a further token is wanted and likely enough to be reached."""
-        return len(self.token_ids) < self.limit and self.survival >= least
+        return len(self.token_ids) < self.limit and self.survival >= self.row.least
 
     def add(self, token_id: int, confidence: float, column: int) -> None:
         self.token_ids.append(token_id)

@@ -55,6 +55,7 @@ class ModelRunner:
         self._model = model
         self._block = block_verification
         self._publish = publish
+        self._fresh = True
         self._spares = range(model.num_blocks if num_blocks is None else num_blocks, model.num_blocks)
         self._rows = Rows()
 
@@ -70,7 +71,9 @@ class ModelRunner:
             logits = self._model.forward([chain.span for chain in chains])
             results = self._choose(chains, len(work), logits)
         if self._publish is not None and (batch.states or batch.leaves):
-            self._publish(StateMessage(batch.step, self._states(results) if batch.states else [], batch.leaves))
+            states = self._states(results) if batch.states else []
+            self._publish(StateMessage(batch.step, states, batch.leaves, self._fresh))
+            self._fresh = False
         logprobs = {result.chain.entry.number: result.logprobs for result in results if result.logprobs is not None}
         return StepResult(batch.step, [result.token_ids for result in results], logprobs, time.perf_counter() - begin)
 

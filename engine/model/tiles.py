@@ -1,4 +1,4 @@
-"""A few rows of activations times packed panels, by the best instructions this CPU has: AMX, AVX-512, or plain vectors.
+"""A few rows of activations times packed panels, by the best this CPU has: AMX, AVX-512, AVX2, or plain vectors.
 
 Which instructions run depends on the CPU and the type alone, never on the number of rows, so a row's bits do not depend on
 its neighbours.

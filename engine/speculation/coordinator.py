@@ -66,6 +66,7 @@ class DraftCoordinator:
         self._late = False
         self._late_in_a_row = 0
         self._rest = 0
+        self._reached = True
         self._incarnation = drafter.incarnation
 
     def wanted(self, running: List[Sequence]) -> bool:
@@ -91,6 +92,11 @@ class DraftCoordinator:
             self._rest -= 1
             return
         self._ask(step, running, states)
+
+    @property
+    def available(self) -> bool:
+        """Whether the draft has been heard of lately."""
+        return self._reached and not self._late and self._rest == 0
 
     def ask_prefixes(self, running: List[Sequence]) -> None:
         """Asks for the first tokens of answers whose prompts are being read; again where one round was not enough."""
@@ -160,17 +166,17 @@ class DraftCoordinator:
     def _ask(self, step: int, running: List[Sequence], states: bool) -> None:
         generating = [seq for seq in running if seq.row is not None and seq.num_pending == 1]
         pays = self._policy.pays(len(generating))
+        least = self._policy.least(len(generating)) if generating else 0.0
         width = min(self._width, 1 + MAX_BRANCHES // max(len(generating), 1))
         rows = []
         for seq in generating:
             limit = draft_limit(seq.slo.speculation) if pays or seq.slo.speculation != "auto" else 0
             if limit:
-                rows.append(self._delta(seq, limit, width))
+                # Who asks for a number of tokens gets them, however unlikely they are.
+                own_least = least if seq.slo.speculation == "auto" else 0.0
+                rows.append(msgspec.structs.replace(self._delta(seq, limit, width), least=own_least))
         self._asked_rows = len(generating)
-        # Who asks for a number of tokens gets them, however unlikely they are.
-        measured = any(seq.slo.speculation == "auto" for seq in generating)
-        least = self._policy.least(len(generating)) if measured else 0.0
-        self._send(step, running, rows, least=least, states=states)
+        self._send(step, running, rows, states=states)
 
     def _delta(self, seq: Sequence, limit: int, width: int = 1) -> DraftRow:
         assert seq.row is not None
@@ -186,7 +192,6 @@ class DraftCoordinator:
         running: List[Sequence],
         rows: list[DraftRow],
         *,
-        least: float = 0.0,
         states: bool = False,
         outcomes: list[OutcomeRow] | None = None,
     ) -> None:
@@ -195,8 +200,9 @@ class DraftCoordinator:
         if not rows and not leaves:
             return
         self._number += 1
-        work = DraftWork(self._number, step, rows, leaves, least, states, outcomes or [])
-        if self._drafter.send(work):
+        work = DraftWork(self._number, step, rows, leaves, states, outcomes or [])
+        self._reached = self._drafter.send(work)
+        if self._reached:
             for row in leaves:
                 del self._known[row]
             for entry in rows:
@@ -228,3 +234,4 @@ class DraftCoordinator:
             self._asked, self.awaits_prefix = None, False
             self._late = False
             self._late_in_a_row = self._rest = 0
+            self._reached = True

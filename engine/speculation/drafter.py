@@ -30,6 +30,8 @@ class DraftRow(msgspec.Struct, frozen=True, array_like=True):
     """Of the request."""
     width: int = 1
     """Drafts wanted, at most: above 1, those that begin with other tokens than the likeliest."""
+    least: float = 0.0
+    """A token that is less likely than this to be reached and accepted is not worth drafting."""
 
 
 class OutcomeRow(msgspec.Struct, frozen=True, array_like=True):
@@ -52,8 +54,6 @@ class DraftWork(msgspec.Struct, frozen=True, array_like=True):
     rows: list[DraftRow]
     leaves: list[int]
     """Rows that ended."""
-    least: float = 0.0
-    """A token that is less likely than this to be reached and accepted is not worth drafting."""
     states: bool = False
     """Hidden states of this step's tokens were sent, if the draft reads them."""
     outcomes: list[OutcomeRow] = []
@@ -126,6 +126,8 @@ class StateMessage(msgspec.Struct, frozen=True, array_like=True):
     rows: list[RowStates]
     leaves: list[int]
     """Rows that ended."""
+    fresh: bool = False
+    """The verifier's first message: what there was before it is gone."""
 
 
 class Drafter(Protocol):

@@ -19,7 +19,7 @@ TRIAL = 8
 MANY = 16
 FIRST_REST, LONGEST_REST = 128, 1024
 """Steps without drafts after that, twice as many each time."""
-FEW = 2
+FEW = 3
 """With so few sequences each new one gets a trial of its own."""
 
 
@@ -32,6 +32,8 @@ class _Record:
         self.seen = self.tried = 0
         """Steps of the trial that only generated, and all of them."""
         self.rests_until = 0
+        self.failed = False
+        """It rests because a trial said so, not because there was nothing to judge by."""
         self.next_rest = FIRST_REST
         self.draft_s = 0.0
         """For a whole draft."""
@@ -62,8 +64,11 @@ class DraftPolicy:
         """Whether to draft for a batch of this size now. Where it does not for fewer sequences it does not for more: what
         each further token costs grows with them."""
         size = num_sequences.bit_length()
-        some = (record for other, record in self._records.items() if FEW.bit_length() < other <= size or other == size)
-        return all(record.rests_until <= self._num_steps for record in some)
+        return all(
+            record.rests_until <= self._num_steps
+            for other, record in self._records.items()
+            if other == size or (FEW.bit_length() < other < size and record.failed)
+        )
 
     def least(self, num_sequences: int) -> float:
         """The survival below which one more draft token brings less than the time it takes is worth."""
@@ -136,7 +141,8 @@ class DraftPolicy:
         """A step that only generates made `num_tokens`, `elapsed_s` after the one before it; the verifier took `step_s`."""
         self._num_steps += 1
         if not drafted:
-            self._gap_s += WEIGHT * (max(elapsed_s - step_s, 0.0) - self._gap_s)
+            # A pause says nothing, and while drafting pays no step would put it right.
+            self._gap_s += WEIGHT * (min(max(elapsed_s - step_s, 0.0), step_s) - self._gap_s)
             return
         record = self._records[num_sequences.bit_length()]
         record.seen += 1
@@ -151,8 +157,12 @@ class DraftPolicy:
         trial = TRIAL if num_sequences < MANY else TRIAL // 2
         if step is None or (record.seen < trial and record.tried < 2 * trial):
             return
-        if record.rate is None or record.rate < num_sequences / (step + self._gap_s):
+        if record.rate is None:
             record.begin_trial()
+            record.rests_until, record.failed = self._num_steps + FIRST_REST, False
+        elif record.rate < num_sequences / (step + self._gap_s):
+            record.begin_trial()
+            record.failed = True
             if num_sequences <= FEW:
                 # What a lone answer has been like says little of what it will be, and little is lost by asking.
                 record.rests_until = self._num_steps + TRIAL

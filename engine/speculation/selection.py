@@ -100,7 +100,9 @@ class DraftSelection:
                 counts[draft.kind] = counts.get(draft.kind, 0) + count
             rest = draft.token_ids[held + 1 :]
             if rest and held == len(token_ids) - 1 and seq.row is not None:
-                self._rests[seq.row] = Draft(draft.base_len + held + 1, rest, draft.confidences[held + 1 :], kind=REST)
+                found = Draft(draft.base_len + held + 1, rest, draft.confidences[held + 1 :], kind=REST)
+                # Of several that end here the first is the best.
+                self._rests.setdefault(seq.row, found)
 
 
 def _fitting(entry: Scheduled, draft: Draft) -> list[Draft]:

@@ -73,7 +73,10 @@ def test_a_step_has_so_many_branches_and_no_more() -> None:
 
 
 def test_branches_take_no_block_that_somebody_needs() -> None:
-    run(ForkedDrafter(2), [[n] * 9 for n in range(6)], num_blocks=17)
+    preemptions = [
+        run(ForkedDrafter(0, width), [[n] * 9 for n in range(6)], num_blocks=17)[0].stats.preemptions for width in (1, 4)
+    ]
+    assert preemptions[1] <= preemptions[0]
 
 
 def test_auto_verifies_only_branches_that_pay() -> None:

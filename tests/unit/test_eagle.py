@@ -115,8 +115,7 @@ def test_it_drafts_as_it_was_taught(tiny_llama: str, verifier, head: EagleHead) 
         assert probs.max().item() == pytest.approx(draft.confidences[step], rel=1e-3)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "int8"), [(torch.bfloat16, False), (torch.bfloat16, True)])
 def test_the_compiled_head_says_what_pytorch_says(dtype: torch.dtype, int8: bool) -> None:
     """Prompt, several rows at once, single tokens, a window; integers within what they round."""
     if int8 and not HAS_INT8_DOT:
@@ -165,11 +164,11 @@ def test_a_gap_begins_a_row_anew_and_missing_states_mean_no_draft(tiny_llama: st
     assert rows.run(asked).drafts == fresh.run(asked).drafts != {}
 
 
-@pytest.mark.parametrize("told_by", ["the verifier", "the router"])
+@pytest.mark.parametrize("told_by", ["the verifier", "the router", "a verifier that is new"])
 def test_blocks_come_back(tiny_llama: str, head: EagleHead, told_by: str) -> None:
     """One row fills the cache: the next one drafts only if the last gave everything back."""
     features = torch.zeros(40, len(LAYERS) * TINY["hidden_size"])
-    rows = drafter(head, tiny_llama, num_blocks=6)
+    rows = CombinedDrafter(NgramDrafter(), drafter(head, tiny_llama, num_blocks=6))
     for row in range(10):
         rows.take(message(row, row, 0, list(range(1, 41)), features))
         assert row in rows.run(DraftWork(0, row, [DraftRow(row, 0, list(range(41)), 3)], [])).drafts
@@ -178,7 +177,8 @@ def test_blocks_come_back(tiny_llama: str, head: EagleHead, told_by: str) -> Non
         if told_by == "the router":
             rows.run(DraftWork(0, row, [], [row]))
         else:
-            rows.take(StateMessage(row, [], [row]))
+            new = told_by == "a verifier that is new"
+            rows.take(StateMessage(row, [], [] if new else [row], fresh=new))
 
 
 def test_tokens_that_are_unlikely_to_be_reached_are_not_drafted(tiny_llama: str, head: EagleHead) -> None:
@@ -186,7 +186,7 @@ def test_tokens_that_are_unlikely_to_be_reached_are_not_drafted(tiny_llama: str,
     rows = drafter(head, tiny_llama)
     features = torch.randn(5, len(LAYERS) * TINY["hidden_size"])
     rows.take(message(0, 1, 0, [1, 2, 3, 4, 5], features))
-    draft = rows.run(DraftWork(0, 0, [DraftRow(1, 0, list(range(6)), 8)], [], least=0.999)).drafts[1]
+    draft = rows.run(DraftWork(0, 0, [DraftRow(1, 0, list(range(6)), 8, least=0.999)], [])).drafts[1]
     assert len(draft.token_ids) == 1
 
 
@@ -238,11 +238,11 @@ def test_a_branch_drafts_what_its_first_token_leads_to(tiny_llama: str, head: Ea
     for other in draft.others:
         alone = drafter(head, tiny_llama)
         alone.take(message(0, 1, 0, tokens, features))
-        chains = alone.begin([DraftRow(1, 0, [0, *tokens], 4)], 0.0)
+        chains = alone.begin(DraftWork(0, 0, [DraftRow(1, 0, [0, *tokens], 4)], []))
         (chain,) = chains[1]
         column = head.draft_tokens.tolist().index(other.token_ids[0])
         chain.draft.token_ids[:], chain.columns[:] = [other.token_ids[0]], [column]
-        alone.go_on([chain], 0.0)
+        alone.go_on([chain])
         assert chain.token_ids == other.token_ids
 
 

@@ -27,7 +27,7 @@ _other = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     actions=st.lists(st.one_of(_add, _other), min_size=10, max_size=80),
     drafts=st.booleans(),
@@ -43,7 +43,7 @@ def test_any_schedule(  # type: ignore[no-untyped-def]
     moods: list[bool],
 ) -> None:
     """`moods`: whether drafting pays, one question after the other; without any, a class asks for three tokens."""
-    config = engine_config(num_blocks=num_blocks, enable_prefix_caching=caching, max_num_batched_tokens=16)
+    config = engine_config(num_blocks=num_blocks, enable_prefix_caching=caching, max_num_batched_tokens=16, draft_branches=3)
     if moods:
         classes = tuple(replace(slo, speculation="auto") for slo in config.classes)
         config = replace(config, classes=classes)

@@ -56,7 +56,7 @@ def test_memory_is_left_alone_while_steps_run_elsewhere_and_taken_where_they_wil
     busy = threading.Event()
     reserve = memory.Reserve.__new__(memory.Reserve)
     reserve._num_blocks, reserve._highest, reserve._used_at, reserve._begin = 3000, 0, -1e9, 256
-    reserve.note_use(700)
+    reserve.note_use(np.array([3, 700]))
     thread = threading.Thread(target=reserve._run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 10

@@ -70,13 +70,23 @@ def test_the_first_chunk_is_the_drafts_and_the_rest_follows_from_it(length: int,
     assert chunks[-1].usage.prefix_tokens == engine.stats.prefix_tokens == 3
 
 
-@pytest.mark.parametrize("why", ["late", "one token", "cached", "logprobs", "penalty"])
+@pytest.mark.parametrize("why", ["late", "one token", "logprobs", "penalty"])
 def test_answers_are_the_verifiers_where_there_is_no_prefix(why: str) -> None:
     prompt = [5] if why == "one token" else [5, 6, 7]
     fields: dict[str, object] = {"logprobs": {"logprobs": 0}, "penalty": {"presence_penalty": 0.5}}.get(why, {})  # type: ignore[assignment]
-    chunks, engine = run(Writer(rounds=0 if why in ("late", "cached") else 1), prompt, **fields)
+    chunks, engine = run(Writer(rounds=0 if why == "late" else 1), prompt, **fields)
     assert [token for chunk in chunks for token in chunk.token_ids] == expected_answer(prompt, 8)
     assert chunks[-1].usage.prefix_tokens == 0
+
+
+def test_a_prompt_that_is_cached_but_for_its_last_token_waits_for_nobody() -> None:
+    config = engine_config(classes=(PREFIX,))
+    engine = Engine(config, PunctualExecutor(config), Writer())
+    prompt = list(range(9))
+    for count in (3, 0):
+        request = make_request(prompt, scope="shared")
+        engine.add(request)
+        assert run_to_end(engine).ends[request.id].usage.prefix_tokens == count
 
 
 def test_the_draft_ends_no_answer() -> None:

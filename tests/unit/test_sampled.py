@@ -16,7 +16,7 @@ from tailserve.engine.speculation.sampled import draw_candidates, uniforms, veri
 from tailserve.engine.speculation.sampling import distribution, noise_keys, pick
 from tailserve.engine.speculation.verify import count_by_block, count_by_token, residual
 
-VOCAB, LENGTH, COUNT = 4, 2, 2500
+VOCAB, LENGTH, COUNT = 4, 2, 1500
 
 
 def draft_and_verify(logits, draft_logits, seed: int, block: bool, temperature: float, top_k: int):  # type: ignore[no-untyped-def]
