@@ -39,6 +39,7 @@ def url(ray_cluster: int, model: str) -> Iterator[str]:
         "served_model_name": "tiny",
         "draft_model": model,
         "draft_noise": 0.01,
+        "speculation": 4,
         "num_instances": 2,
         "cpu_threads": 1,
         "max_num_seqs": 4,
