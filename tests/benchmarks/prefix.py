@@ -49,12 +49,12 @@ def make_draft(folder: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-async def ask(client: httpx.AsyncClient, prompt: list[int], slo: str) -> tuple[float, int, int]:
+async def ask(client: httpx.AsyncClient, model: str, prompt: list[int], slo: str) -> tuple[float, int, int]:
     """Seconds to the first token, tokens that the events and the usage say are the draft's."""
-    body = {"model": "demo", "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {"model": model, "prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "stream": True}
     body |= {"stream_options": {"include_usage": True}}
     begin, first, marked, declared = time.perf_counter(), 0.0, 0, 0
-    async with client.stream("POST", "/completions", json=body, headers={"X-SLO-Class": slo}) as response:
+    async with client.stream("POST", "/v1/completions", json=body, headers={"X-SLO-Class": slo}) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
@@ -70,13 +70,14 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], slo: str) -> tuple[f
 async def measure(url: str, requests: int) -> list[dict[str, Any]]:
     chance, rows = random.Random(0), []
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
         for length in LENGTHS:
             times: dict[str, list[float]] = {"plain": [], "prefix": []}
             declared = 0
             for number in range(requests + 3):
                 prompt = [chance.randrange(1000, 40_000) for _ in range(length)]
                 for slo in times if number % 2 else reversed(times):
-                    first, marked, tokens = await ask(client, prompt, slo)
+                    first, marked, tokens = await ask(client, model, prompt, slo)
                     if number >= 3:
                         times[slo].append(first)
                         declared += marked > 0 and tokens == NUM_PREFIX
