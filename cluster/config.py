@@ -21,6 +21,11 @@ def _check_speculation(value: object) -> object:
     raise ValueError(f"{value!r} is no number of draft tokens: use auto, off, or 1 to 32 draft tokens (0: off)")
 
 
+NEEDS_MODEL = (
+    "speculative_prefix needs a draft model that can read a prompt by itself, which {} cannot: "
+    "name one in draft_model, or set it to 0"
+)
+
 Speculation = Annotated[Literal["auto", "off"] | int, BeforeValidator(_check_speculation)]
 
 
@@ -137,6 +142,8 @@ class TailserveConfig(_Strict):
         for field, name in used.items():
             if name not in names:
                 raise ValueError(f"{field} is {name!r}, which is no class of slo_classes ({', '.join(names)})")
+        if self.draft_model in ("none", "ngram") and self.has_prefixes:
+            raise ValueError(NEEDS_MODEL.format(self.draft_model))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, below max_num_seqs ({self.max_num_seqs}): every "
@@ -145,21 +152,15 @@ class TailserveConfig(_Strict):
         return self
 
     @property
+    def has_prefixes(self) -> bool:
+        """Whether a class lets the draft write first tokens."""
+        return any(slo.speculative_prefix for slo in self.slo_classes)
+
+    @property
     def drafts(self) -> bool:
         """Whether an instance has a draft."""
-        return self.draft_model != "none" and any(
-            slo.speculation not in ("off", 0) or slo.speculative_prefix for slo in self.classes()
-        )
-
-    def check_prefix(self, kind: str) -> None:
-        """ConfigError where a class wants prefixes of a draft that is no model."""
-        for slo in self.slo_classes:
-            if slo.speculative_prefix and kind != "model":
-                raise ConfigError(
-                    f"class {slo.name!r} has speculative_prefix {slo.speculative_prefix}, which needs a draft model, one "
-                    "that can read a prompt by itself: name it in draft_model, or use 0",
-                    param="speculative_prefix",
-                )
+        asked = self.has_prefixes or any(slo.speculation not in ("off", 0) for slo in self.classes())
+        return self.draft_model != "none" and asked
 
     @property
     def num_outcomes(self) -> int:

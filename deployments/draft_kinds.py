@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from tailserve.cluster.config import TailserveConfig
+from tailserve.cluster.config import NEEDS_MODEL, TailserveConfig
 from tailserve.deployments.draft import DraftOptions
 from tailserve.deployments.models import resolve_model
 from tailserve.deployments.verifier import VerifierOptions
+from tailserve.engine.errors import ConfigError
 from tailserve.engine.options import EAGLE_MODEL_TYPE, LoadOptions, spare_blocks
 
 
@@ -37,11 +38,9 @@ def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) ->
         load = msgspec.structs.replace(options, num_spare_blocks=spare_blocks(options.block_size))
     verifier = VerifierOptions(load=load, block_verification=config.verification == "block")
     if not config.drafts:
-        config.check_prefix("none")
         return DraftPlan(verifier, None)
     folder = find_draft(config)
     if folder is None:
-        config.check_prefix("ngram")
         return DraftPlan(verifier, DraftOptions())
     description = json.loads((folder / "config.json").read_text())
     if description.get("model_type") != EAGLE_MODEL_TYPE:
@@ -50,7 +49,8 @@ def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) ->
             kind="model", load=load, verifier=options.path, max_num_batched_tokens=config.max_num_batched_tokens
         )
         return DraftPlan(verifier, draft, config.num_outcomes)
-    config.check_prefix("eagle")
+    if config.has_prefixes:
+        raise ConfigError(NEEDS_MODEL.format("a head"), param="speculative_prefix")
     endpoint = f"ipc://{directory}/states"
     layers = tuple(description["feature_layers"])
     return DraftPlan(

@@ -90,8 +90,9 @@ class Engine:
         """When the step behind the one that runs is to be scheduled."""
         self.broken = False
         """The executor could not be restarted at the last attempt."""
+        self._has_prefixes = any(slo.speculative_prefix for slo in config.classes)
         self.drafts: DraftCoordinator | None = None
-        if drafter is not None and any(draft_limit(slo.speculation) or slo.speculative_prefix for slo in config.classes):
+        if drafter is not None and (self._has_prefixes or any(draft_limit(slo.speculation) for slo in config.classes)):
             self.drafts = DraftCoordinator(
                 drafter,
                 self._policy,
@@ -152,7 +153,7 @@ class Engine:
 
     def _take_prefixes(self) -> list[TokenChunk]:
         """What the draft wrote while the verifier reads prompts."""
-        if self.drafts is None:
+        if self.drafts is None or not self._has_prefixes:
             return []
         found = self.drafts.take_prefixes()
         self.drafts.ask_prefixes(self.scheduler.residency.running)
@@ -178,8 +179,8 @@ class Engine:
             self._policy.note_step(done.num_sequences, made, now - before, result.duration_s, drafted=done.drafted)
 
     def _schedule(self) -> None:
-        drafts = self.drafts.collect(self.scheduler.residency.running) if self.drafts else {}
         running = self.scheduler.residency.running
+        drafts = self.drafts.collect(running) if self.drafts else {}
         wanted = self.drafts is not None and self.drafts.wanted(running)
         states = self.drafts is not None and self.drafts.wants_states(running)
         batch = self.scheduler.schedule(self._clock(), drafts, states=states)
@@ -194,10 +195,10 @@ class Engine:
             )
             if len(self._under_way) == 1:
                 self._expect_end()
-            if self.drafts:
+            if self.drafts and self._has_prefixes:
                 self.drafts.ask_prefixes(running)
             if self.drafts and wanted and self.drafts.foresees:
-                self.drafts.foresee(batch.step, self.scheduler.residency.running, self.scheduler.survivals(batch.step))
+                self.drafts.foresee(batch.step, running, self.scheduler.survivals(batch.step))
 
     def _expect_end(self) -> None:
         """A step begins to run now, if there is one: when to schedule the next."""

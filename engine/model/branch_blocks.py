@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from tailserve.engine.blocks import BlockPool
+
+Copy = Callable[[int, int], None]
+"""Copies one block to another."""
 
 
 class BranchBlocks(NamedTuple):
@@ -19,11 +24,11 @@ def branch_blocks(
     count: int,
     size: int,
     take: Callable[[int], list[int] | None],
-    copy: Callable[[int, int], None],
+    copy: Copy,
 ) -> BranchBlocks | None:
     """For `count` tokens from position `start` on, behind those in `blocks` of `size` tokens.
 
-    `take` gives so many blocks, or None if there are not so many, in which case there is no branch; `copy` copies one.
+    `take` gives so many blocks, or None if there are not so many, in which case there is no branch.
     """
     full, begun = divmod(start, size)
     own = take(-(-(begun + count) // size))
@@ -32,3 +37,17 @@ def branch_blocks(
     if begun:
         copy(blocks[full], own[0])
     return BranchBlocks([*blocks[:full], *own], own)
+
+
+class _Branch(Protocol):
+    limit: int
+    block_ids: list[int]
+    own: list[int]
+
+
+def give_blocks(branch: _Branch, blocks: Sequence[int], start: int, pool: BlockPool, copy: Copy) -> bool:
+    """Gives a draft of up to `limit` tokens its blocks from a pool; False if there are none."""
+    found = branch_blocks(blocks, start, branch.limit, pool.block_size, pool.take, copy)
+    if found is not None:
+        branch.block_ids, branch.own = found
+    return found is not None

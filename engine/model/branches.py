@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tailserve.engine.blocks import BlockPool
-from tailserve.engine.model.branch_blocks import branch_blocks
+from tailserve.engine.model.branch_blocks import give_blocks
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.proposals import Proposal, extend
 from tailserve.engine.model.spans import Span
@@ -71,7 +71,7 @@ def draft_branches(
 ) -> list[Outcome]:
     """Drafts greedily behind each branch; `branches` come with their row's blocks. Those without room are left out."""
     own, names = (None, None) if vocabulary is None else (vocabulary.own, vocabulary.names)
-    placed = [branch for branch, blocks in branches if place(model, pool, branch, blocks)]
+    placed = [branch for branch, blocks in branches if give_blocks(branch, blocks, branch.start, pool, model.copy_block)]
     alive = placed
     while alive:
         logits = model.forward([branch.next_span(own) for branch in alive])
@@ -80,11 +80,3 @@ def draft_branches(
     for branch in placed:
         pool.release(branch.own)
     return [Outcome(branch.row.row, branch.token_id, branch.draft) for branch in placed]
-
-
-def place(model: PagedModel, pool: BlockPool, branch: Branch, blocks: Sequence[int]) -> bool:
-    """Gives a branch its blocks; False if there are none."""
-    found = branch_blocks(blocks, branch.start, branch.limit, pool.block_size, pool.take, model.copy_block)
-    if found is not None:
-        branch.block_ids, branch.own = found
-    return found is not None

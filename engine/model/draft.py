@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from tailserve.engine.blocks import BlockPool
-from tailserve.engine.model.branches import Branch, branch_out, draft_branches, place
+from tailserve.engine.model.branch_blocks import give_blocks
+from tailserve.engine.model.branches import Branch, branch_out, draft_branches
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.proposals import Proposal, extend, runners_up
@@ -145,7 +146,11 @@ class ModelDrafter:
         """Adds tokens to all of them while they are likely enough to be reached, and not too many."""
         wanted = [branch for branch in branches if branch.goes_on()]
         blocks = {number: self._rows[number].block_ids for number in proposals}
-        beside = [branch for branch in wanted if place(self._model, self._pool, branch, blocks[branch.row.row])]
+        beside = [
+            branch
+            for branch in wanted
+            if give_blocks(branch, blocks[branch.row.row], branch.start, self._pool, self._model.copy_block)
+        ]
         own = None if self._vocabulary is None else self._vocabulary.own
         while True:
             alive = {number: proposal for number, proposal in proposals.items() if proposal.goes_on()}

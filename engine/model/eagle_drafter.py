@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from tailserve.engine.blocks import BlockPool
-from tailserve.engine.model.branch_blocks import branch_blocks
+from tailserve.engine.model.branch_blocks import give_blocks
 from tailserve.engine.model.proposals import Proposal, extend, runners_up
 from tailserve.engine.model.spans import Span
 from tailserve.engine.options import BRANCH_TOKENS
@@ -70,12 +70,14 @@ class _Row:
 class Chain(Proposal):
     """A draft that goes on from the head's own output."""
 
-    def __init__(self, asked: DraftRow, row: _Row) -> None:
+    def __init__(self, asked: DraftRow, row: _Row, *, beside: bool = False) -> None:
+        """`beside`: a branch beside the row's first draft."""
         super().__init__(asked, KIND)
         self.cached = row
+        self.beside = beside
         self.block_ids = row.block_ids
-        self.own: list[int] | None = None
-        """Blocks of a branch, which shares its row's full ones; None of a row's first draft."""
+        self.own: list[int] = []
+        """Blocks of a branch, which shares its row's full ones."""
         self.place = 0
         """Its place among the states of the last step that it was part of."""
 
@@ -149,8 +151,8 @@ class EagleDrafter:
         return chains
 
     def _beside(self, first: Chain, column: int, confidence: float) -> Chain:
-        branch = Chain(first.row, first.cached)
-        branch.own, branch.place = [], first.place
+        branch = Chain(first.row, first.cached, beside=True)
+        branch.place = first.place
         branch.limit = min(branch.limit, BRANCH_TOKENS)
         branch.add(self._tokens[column], confidence, column)
         return branch
@@ -158,23 +160,17 @@ class EagleDrafter:
     @torch.inference_mode()
     def go_on(self, chains: Sequence[Chain]) -> None:
         """Adds tokens while they are likely enough to be reached, and not too many. Takes what `begin` made, or a part."""
-        alive = [chain for chain in chains if chain.goes_on() and (chain.own is None or self._place(chain))]
+        alive = [chain for chain in chains if chain.goes_on() and (not chain.beside or self._place(chain))]
         while alive:
             states = self._states[[chain.place for chain in alive]]
             self._add(alive, *self._model.step([chain.next_span() for chain in alive], states))
             alive = [chain for chain in alive if chain.goes_on()]
         for chain in chains:
-            self._pool.release(chain.own or [])
+            self._pool.release(chain.own)
 
     def _place(self, branch: Chain) -> bool:
-        """Gives a branch its blocks; False if there are none."""
-        row, pool = branch.cached, self._pool
-        found = branch_blocks(
-            row.block_ids, row.num_cached, branch.limit, pool.block_size, pool.take, self._model.copy_block
-        )
-        if found is not None:
-            branch.block_ids, branch.own = found
-        return found is not None
+        row = branch.cached
+        return give_blocks(branch, row.block_ids, row.num_cached, self._pool, self._model.copy_block)
 
     def _add(self, chains: Sequence[Chain], states: torch.Tensor, logits: torch.Tensor) -> None:
         self._states = states

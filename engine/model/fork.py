@@ -15,7 +15,7 @@ from tailserve.engine.model.rows import RowWork
 from tailserve.engine.model.spans import Span
 
 
-class Chain:
+class Strand:
     """A row's draft, or one of its branches, as a part of a forward."""
 
     def __init__(self, entry: RowWork, draft: Sequence[int], span: Span, own: Sequence[int] = ()) -> None:
@@ -23,15 +23,15 @@ class Chain:
         self.entry, self.draft, self.span, self.own = entry, draft, span, own
 
 
-def first_chain(entry: RowWork) -> Chain:
+def first_strand(entry: RowWork) -> Strand:
     """A row's known tokens, and its draft."""
     wanted = len(entry.draft) + 1 if entry.samples else 0
-    return Chain(entry, entry.draft, Span(entry.token_ids, entry.start, entry.row.block_ids, wanted))
+    return Strand(entry, entry.draft, Span(entry.token_ids, entry.start, entry.row.block_ids, wanted))
 
 
-def fork(model: PagedModel, work: Sequence[RowWork], spares: Sequence[int]) -> list[Chain]:
-    """Chains for the branches of a batch; those for which there are no `spares` are left out."""
-    chains: list[Chain] = []
+def fork(model: PagedModel, work: Sequence[RowWork], spares: Sequence[int]) -> list[Strand]:
+    """Strands for the branches of a batch; those for which there are no `spares` are left out."""
+    strands: list[Strand] = []
     free = list(spares)
 
     def take(count: int) -> list[int] | None:
@@ -44,13 +44,13 @@ def fork(model: PagedModel, work: Sequence[RowWork], spares: Sequence[int]) -> l
             found = branch_blocks(entry.row.block_ids, entry.start, count, model.block_size, take, model.copy_block)
             if found is not None:
                 span = Span([*entry.token_ids[:1], *branch], entry.start, found.table, count)
-                chains.append(Chain(entry, branch, span, found.own))
-    return chains
+                strands.append(Strand(entry, branch, span, found.own))
+    return strands
 
 
-def keep(model: PagedModel, chain: Chain, num_held: int) -> None:
+def keep(model: PagedModel, strand: Strand, num_held: int) -> None:
     """Makes a branch of which `num_held` draft tokens hold the row's own."""
-    entry, size = chain.entry, model.block_size
+    entry, size = strand.entry, model.block_size
     first, last = entry.start // size, (entry.start + num_held) // size
-    for own, place in zip(chain.own, range(first, last + 1), strict=False):
+    for own, place in zip(strand.own, range(first, last + 1), strict=False):
         model.copy_block(own, entry.row.block_ids[place])

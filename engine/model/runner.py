@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from tailserve.engine.model.fork import Chain, first_chain, fork, keep
+from tailserve.engine.model.fork import Strand, first_strand, fork, keep
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.rows import Rows
 from tailserve.engine.speculation.drafter import RowStates, StateMessage
@@ -30,11 +30,11 @@ STATES_AT_ONCE = 256
 class _Result(NamedTuple):
     """What a step makes of a row."""
 
-    chain: Chain
+    strand: Strand
     token_ids: list[int]
     first_logit: int
     first_token: int
-    """Of the chain, in the forward."""
+    """Of the strand, in the forward."""
     logprobs: list[TokenLogprob] | None = None
 
 
@@ -65,16 +65,16 @@ class ModelRunner:
         work = list(self._rows.apply(batch))
         results: list[_Result] = []
         if work:
-            chains = [first_chain(entry) for entry in work]
+            strands = [first_strand(entry) for entry in work]
             if batch.branches:
-                chains += fork(self._model, work, self._spares)
-            logits = self._model.forward([chain.span for chain in chains])
-            results = self._choose(chains, len(work), logits)
+                strands += fork(self._model, work, self._spares)
+            logits = self._model.forward([strand.span for strand in strands])
+            results = self._choose(strands, len(work), logits)
         if self._publish is not None and (batch.states or batch.leaves):
             states = self._states(results) if batch.states else []
             self._publish(StateMessage(batch.step, states, batch.leaves, self._fresh))
             self._fresh = False
-        logprobs = {result.chain.entry.number: result.logprobs for result in results if result.logprobs is not None}
+        logprobs = {result.strand.entry.number: result.logprobs for result in results if result.logprobs is not None}
         return StepResult(batch.step, [result.token_ids for result in results], logprobs, time.perf_counter() - begin)
 
     def _states(self, results: list[_Result]) -> list[RowStates]:
@@ -83,8 +83,8 @@ class ModelRunner:
             return []
         states = []
         for result in results:
-            chain, entry = result.chain, result.chain.entry
-            count = len(chain.span.token_ids) - len(chain.draft) + max(len(result.token_ids) - 1, 0)
+            strand, entry = result.strand, result.strand.entry
+            count = len(strand.span.token_ids) - len(strand.draft) + max(len(result.token_ids) - 1, 0)
             skipped = max(count - STATES_AT_ONCE, 0)
             first = result.first_token
             part = features[first + skipped : first + count].to("cpu", torch.bfloat16)
@@ -94,15 +94,15 @@ class ModelRunner:
         return states
 
     @torch.inference_mode()
-    def _choose(self, chains: list[Chain], num_rows: int, logits: torch.Tensor) -> list[_Result]:
-        """The tokens of each of the first `num_rows` chains' rows, by whichever of its chains holds longest."""
+    def _choose(self, strands: list[Strand], num_rows: int, logits: torch.Tensor) -> list[_Result]:
+        """The tokens of each of the first `num_rows` strands' rows, by whichever of its strands holds longest."""
         points: list[SamplingPoint] = []
         raw: dict[int, torch.Tensor] = {}
         by_chance: dict[int, torch.Tensor] = {}
         places = []
-        for chain in chains:
-            entry, first = chain.entry, len(points)
-            row, count = entry.row, chain.span.num_logits
+        for strand in strands:
+            entry, first = strand.entry, len(points)
+            row, count = entry.row, strand.span.num_logits
             places.append((first, count))
             for offset in range(count):
                 position = len(row.token_ids) + offset
@@ -112,44 +112,44 @@ class ModelRunner:
             if has_penalties(row.sampling):
                 known = row.token_ids
                 for offset in range(count):
-                    output = known[row.prompt_len :] + list(chain.draft[:offset])
+                    output = known[row.prompt_len :] + list(strand.draft[:offset])
                     apply_penalties(logits[first + offset], row.sampling, known[: row.prompt_len], output)
             if entry.candidates:
                 by_chance[first] = logits[first : len(points)].clone()
         drawn = sample(logits, points, self._model.pick) if points else []
         best: dict[int, _Result] = {}
         first_token = 0
-        for chain, (first, count) in zip(chains, places, strict=True):
+        for strand, (first, count) in zip(strands, places, strict=True):
             tokens: list[int] = []
-            if count and chain.entry.candidates:
-                tokens = self._verify_sampled(chain, by_chance[first])
+            if count and strand.entry.candidates:
+                tokens = self._verify_sampled(strand, by_chance[first])
             elif count:
-                tokens = verify(chain.draft, drawn[first : first + count])
-            number = chain.entry.number
+                tokens = verify(strand.draft, drawn[first : first + count])
+            number = strand.entry.number
             if number not in best or len(tokens) > len(best[number].token_ids):
-                best[number] = _Result(chain, tokens, first, first_token)
-            first_token += len(chain.span.token_ids)
-        return [self._conclude(best[chain.entry.number], raw) for chain in chains[:num_rows]]
+                best[number] = _Result(strand, tokens, first, first_token)
+            first_token += len(strand.span.token_ids)
+        return [self._conclude(best[strand.entry.number], raw) for strand in strands[:num_rows]]
 
     def _conclude(self, result: _Result, raw: dict[int, torch.Tensor]) -> _Result:
-        chain, tokens = result.chain, result.token_ids
-        if chain.own:
-            keep(self._model, chain, len(tokens) - 1)
-        row = chain.entry.row
+        strand, tokens = result.strand, result.token_ids
+        if strand.own:
+            keep(self._model, strand, len(tokens) - 1)
+        row = strand.entry.row
         row.token_ids += tokens
         num_top = row.sampling.logprobs
         if num_top is not None and tokens:
             return result._replace(logprobs=token_logprobs(raw[result.first_logit][: len(tokens)], tokens, num_top))
         return result
 
-    def _verify_sampled(self, chain: Chain, logits: torch.Tensor) -> list[int]:
-        row = chain.entry.row
+    def _verify_sampled(self, strand: Strand, logits: torch.Tensor) -> list[int]:
+        row = strand.entry.row
         position = len(row.token_ids)
         return verify_sampled(
             logits,
             row.sampling,
-            chain.draft,
-            chain.entry.candidates,
+            strand.draft,
+            strand.entry.candidates,
             position=position,
             num_output=position - row.prompt_len,
             block=self._block,

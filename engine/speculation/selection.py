@@ -37,7 +37,7 @@ class DraftSelection:
         """Adds to a step those of the drafts (by row) that still apply and pay, as far as it takes nothing from anybody:
         `spare` tokens, and blocks that are free."""
         rests, self._rests = self._rests, {}
-        drafts = rests | dict(drafts)
+        drafts = rests | {row: draft for row, draft in drafts.items() if draft.token_ids}
         offers = {}
         for entry in work:
             if entry.samples and entry.row in drafts and (fitting := _fitting(entry, drafts[entry.row])):
@@ -108,7 +108,7 @@ class DraftSelection:
 def _fitting(entry: Scheduled, draft: Draft) -> list[Draft]:
     """A draft and those beside it, if they go on from where the sequence is and no step under way will move that."""
     seq = entry.seq
-    if not draft.token_ids or draft.base_len != len(seq.token_ids) or seq.num_sampling:
+    if draft.base_len != len(seq.token_ids) or seq.num_sampling:
         return []
     return [draft, *(draft.others if entry.length == 1 and not draft.candidates else [])]
 

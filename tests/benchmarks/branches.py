@@ -11,50 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lone import InlineDrafts, LonePrompts
+from lone import InlineDrafts, KnownAnswers, LonePrompts
 
 from tailserve.deployments.bench.report import table
-from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork, with_others
 from tailserve.engine.speculation.ngram import NgramDrafter
 
 NUM_PROMPTS = 10
 FIRST, FOLLOWS = 0.5, 0.6
 """Acceptance of the stand-in."""
-
-
-class StandIn:
-    """Knows the answers, and spoils them."""
-
-    incarnation = 0
-
-    def __init__(self, answers: list[list[int]]) -> None:
-        self._answers = answers
-        self._chance = random.Random(0)
-
-    def send(self, work: DraftWork) -> bool:
-        self._result = DraftResult(work.number, {})
-        for row in work.rows:
-            known = row.keep + len(row.token_ids)
-            right = self._answers[row.row][known : known + row.num_tokens]
-            if right:
-                drafts, found, share = [], False, FIRST
-                for n in range(row.width):
-                    holds = not found and self._chance.random() < FIRST
-                    found = found or holds
-                    first = right[0] if holds else (right[0] + n + 1) % 1000
-                    later = [t if self._chance.random() < FOLLOWS else (t + 1) % 1000 for t in right[1:]]
-                    drafts.append(Draft(known, [first, *later], [share] + [FOLLOWS] * len(later), kind="stand-in"))
-                    share *= 1 - FIRST
-                self._result.drafts[row.row] = with_others(drafts, row.width)
-        return True
-
-    def receive(self, number: int, timeout_s: float) -> DraftResult:
-        return self._result
 
 
 def main() -> None:
@@ -66,7 +34,7 @@ def main() -> None:
     prompts = LonePrompts(NUM_PROMPTS, args.tokens)
     plain = prompts.run("off", None)
     kinds: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-        "stand-in": lambda: (StandIn(plain.answers), {}),
+        "stand-in": lambda: (KnownAnswers(plain.answers, FIRST, FOLLOWS), {}),
         "n-grams": lambda: (InlineDrafts(NgramDrafter()), {}),
     }
     if args.head:

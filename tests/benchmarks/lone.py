@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from pathlib import Path
@@ -21,9 +22,9 @@ from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.local import LocalExecutor
 from tailserve.engine.model.profile import profile_steps
 from tailserve.engine.options import LoadOptions, spare_blocks
-from tailserve.engine.speculation.drafter import Drafter
+from tailserve.engine.speculation.drafter import Draft, Drafter, DraftResult, DraftWork, with_others
 
-__all__ = ["InlineDrafts", "LonePrompts", "Run"]
+__all__ = ["InlineDrafts", "KnownAnswers", "LonePrompts", "Run"]
 
 
 class Run(NamedTuple):
@@ -93,3 +94,38 @@ class LonePrompts:
             seconds += time.perf_counter() - begin
             answers.append(tokens)
         return Run(len(answers) * (self._num_tokens - 1) / seconds, answers, engine)
+
+
+class KnownAnswers:
+    """A drafter that knows the answers and spoils them: the first token of a draft holds with chance `first`, where none
+    before it did that of each further one, and what follows a right token with chance `follows`."""
+
+    incarnation = 0
+
+    def __init__(self, answers: list[list[int]], first: float, follows: float) -> None:
+        """`answers`: prompts with what follows, in the order in which they are asked: rows are numbered so."""
+        self._answers, self._first, self._follows = answers, first, follows
+        self._chance = random.Random(0)
+
+    def send(self, work: DraftWork) -> bool:
+        self._result = DraftResult(work.number, {})
+        for row in work.rows:
+            known = row.keep + len(row.token_ids)
+            right = self._answers[row.row][known : known + row.num_tokens]
+            if right:
+                self._result.drafts[row.row] = with_others(self._drafts(known, right, row.width), row.width)
+        return True
+
+    def receive(self, number: int, timeout_s: float) -> DraftResult:
+        return self._result
+
+    def _drafts(self, known: int, right: list[int], width: int) -> list[Draft]:
+        drafts, found, share = [], False, self._first
+        for n in range(width):
+            holds = not found and self._chance.random() < self._first
+            found = found or holds
+            first = right[0] if holds else (right[0] + n + 1) % 1000
+            later = [t if self._chance.random() < self._follows else (t + 1) % 1000 for t in right[1:]]
+            drafts.append(Draft(known, [first, *later], [share] + [self._follows] * len(later), kind="stand-in"))
+            share *= 1 - self._first
+        return drafts

@@ -9,40 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from pathlib import Path
 
-from lone import LonePrompts
+from lone import KnownAnswers, LonePrompts
 
 from tailserve.deployments.bench.report import table
-from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
 
 NUM_PROMPTS = 8
-
-
-class Oracle:
-    """Proposes the known answer; each token is spoilt with some chance."""
-
-    incarnation = 0
-
-    def __init__(self, answers: list[list[int]], acceptance: float) -> None:
-        self._answers = answers
-        self._acceptance = acceptance
-        self._chance = random.Random(0)
-
-    def send(self, work: DraftWork) -> bool:
-        drafts = {}
-        for row in work.rows:
-            known = row.keep + len(row.token_ids)
-            # Rows are numbered in the order of the prompts.
-            right = self._answers[row.row][known : known + row.num_tokens]
-            tokens = [t if self._chance.random() < self._acceptance else (t + 1) % 1000 for t in right]
-            drafts[row.row] = Draft(known, tokens, [self._acceptance] * len(tokens))
-        self._result = DraftResult(work.number, drafts)
-        return True
-
-    def receive(self, number: int, timeout_s: float) -> DraftResult:
-        return self._result
 
 
 def main() -> None:
@@ -55,7 +28,7 @@ def main() -> None:
     rows = [{"draft tokens": "off", "acceptance": "", "accepted": "", "tokens_per_s": plain.tokens_per_s, "times": "1.00"}]
     for acceptance in (1.0, 0.8, 0.6):
         for speculation in (1, 2, 4, 8, "auto"):
-            run = prompts.run(speculation, Oracle(plain.answers, acceptance))
+            run = prompts.run(speculation, KnownAnswers(plain.answers, acceptance, acceptance))
             if run.answers != plain.answers:
                 print("answers differ: near-ties in bfloat16")
             rows.append(

@@ -115,7 +115,8 @@ def test_it_drafts_as_it_was_taught(tiny_llama: str, verifier, head: EagleHead) 
         assert probs.max().item() == pytest.approx(draft.confidences[step], rel=1e-3)
 
 
-@pytest.mark.parametrize(("dtype", "int8"), [(torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_head_says_what_pytorch_says(dtype: torch.dtype, int8: bool) -> None:
     """Prompt, several rows at once, single tokens, a window; integers within what they round."""
     if int8 and not HAS_INT8_DOT:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from fakes import NORMAL, Answers, FakeExecutor, engine_config, expected_answer, make_request, run_to_end
 from local import Models, prompts
 from msgspec.structs import replace
 from tiny import TINY
 
-from tailserve.cluster.config import parse_config
+from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.draft_kinds import plan_draft
 from tailserve.deployments.generation import Choice
 from tailserve.deployments.text import Detokenizer, StopStrings
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import ConfigError
-from tailserve.engine.options import LoadOptions
+from tailserve.engine.options import EAGLE_MODEL_TYPE, LoadOptions
 from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
 from tailserve.engine.types import StepResult, TokenChunk, Usage
 
@@ -139,10 +141,19 @@ def test_pieces_say_which_of_them_the_draft_wrote() -> None:
     assert [piece is not None and piece.speculative_prefix for piece in pieces] == [True, False]
 
 
-@pytest.mark.parametrize("draft", ["ngram", "none"])
-def test_a_class_that_wants_one_needs_a_draft_model(draft: str) -> None:
+def _with_prefix(draft_model: str) -> TailserveConfig:
     slo = {"name": "normal", "priority": 0, "ttft_s": 1, "tpot_s": 1, "speculative_prefix": 4}
     tiers = dict.fromkeys(("auto", "default", "flex", "priority"), "normal")
-    config = parse_config({"draft_model": draft, "slo_classes": [slo], "urgent_class": "normal", "service_tiers": tiers})
+    return parse_config({"draft_model": draft_model, "slo_classes": [slo], "urgent_class": "normal", "service_tiers": tiers})
+
+
+@pytest.mark.parametrize("draft", ["ngram", "none"])
+def test_a_class_that_wants_one_needs_a_draft_model(draft: str) -> None:
     with pytest.raises(ConfigError, match="needs a draft model"):
-        plan_draft(config, LoadOptions(path="x"), "/tmp")
+        _with_prefix(draft)
+
+
+def test_a_head_cannot_write_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{EAGLE_MODEL_TYPE}", "feature_layers": [0]}}')
+    with pytest.raises(ConfigError, match="a head cannot"):
+        plan_draft(_with_prefix(str(tmp_path)), LoadOptions(path="x"), "/tmp")
