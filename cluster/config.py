@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from tailserve.cluster.early_stop import EarlyStopConfig
+from tailserve.cluster.tenants import TenantConfig
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.types import SloClass
 
@@ -42,8 +44,11 @@ class SloClassConfig(_Strict):
     tpot_s: float = Field(gt=0, description="target for the time per output token, seconds")
     max_tokens: int = Field(default=4096, ge=1, description="most output tokens of one request")
     max_queued: int = Field(default=1024, ge=0, description="requests that may wait for a first slot before 429")
+    admission: Literal["wait", "reject"] = Field(
+        default="wait", description="of a request whose first token would come too late: wait all the same, or 429"
+    )
     speculation: Speculation | None = Field(default=None, description="default: that of the whole deployment")
-
+    early_stop: EarlyStopConfig = Field(default=EarlyStopConfig(), description="ends answers that have nothing more to say")
     speculative_prefix: int = Field(
         default=0,
         ge=0,
@@ -55,7 +60,10 @@ class SloClassConfig(_Strict):
     def to_engine(self, speculation: Speculation) -> SloClass:
         """`speculation`: of the deployment."""
         return SloClass(
-            **(self.model_dump() | {"speculation": speculation if self.speculation is None else self.speculation})
+            **(
+                self.model_dump(exclude={"early_stop"})
+                | {"speculation": speculation if self.speculation is None else self.speculation}
+            )
         )
 
 
@@ -92,6 +100,14 @@ class TailserveConfig(_Strict):
     device: str = "auto"
     attention_backend: Literal["auto", "compiled", "cpu", "cuda", "reference"] = "auto"
     max_model_len: int | None = Field(default=None, ge=2, description="tokens of prompt and answer; default: the model's")
+    scheduling_policy: Literal["slack", "priority", "fcfs"] = Field(
+        default="slack",
+        description="slack: classes keep their targets; priority: by class alone, taking no slot from anybody (vLLM's rule);"
+        " fcfs: who came first",
+    )
+    max_wait_s: float = Field(
+        default=60.0, gt=0, description="a request for which nothing was done for so long goes before all others"
+    )
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="sequences that run at once")
     max_num_batched_tokens: int = Field(default=512, ge=1, description="tokens of one step")
     max_mixed_tokens: int | None = Field(
@@ -121,6 +137,7 @@ class TailserveConfig(_Strict):
         SloClassConfig(name="critical", priority=0, ttft_s=0.5, tpot_s=0.04),
         SloClassConfig(name="normal", priority=10, ttft_s=5.0, tpot_s=0.2),
     )
+    tenants: tuple[TenantConfig, ...] = Field(default=(), description="API keys and what they allow; none: no key is needed")
     default_class: str = "normal"
     urgent_class: str = Field(default="critical", description="class of requests with a negative integer `priority`")
     service_tiers: dict[Literal["auto", "default", "flex", "priority"], str] = Field(
@@ -142,6 +159,7 @@ class TailserveConfig(_Strict):
         for field, name in used.items():
             if name not in names:
                 raise ValueError(f"{field} is {name!r}, which is no class of slo_classes ({', '.join(names)})")
+        self._check_tenants(names)
         if self.draft_model in ("none", "ngram") and self.has_prefixes:
             raise ValueError(NEEDS_MODEL.format(self.draft_model))
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -150,6 +168,18 @@ class TailserveConfig(_Strict):
                 "running sequence needs a token per step; raise the former or lower the latter"
             )
         return self
+
+    def _check_tenants(self, class_names: list[str]) -> None:
+        hashes = [text for tenant in self.tenants for text in tenant.api_key_hashes]
+        if len(set(hashes)) != len(hashes) or len({tenant.name for tenant in self.tenants}) != len(self.tenants):
+            raise ValueError("tenants names a tenant or a key twice: a key belongs to one tenant")
+        for tenant in self.tenants:
+            for name in tenant.classes or ():
+                if name not in class_names:
+                    raise ValueError(
+                        f"tenants.{tenant.name}.classes has {name!r}, which is no class of slo_classes "
+                        f"({', '.join(class_names)})"
+                    )
 
     @property
     def has_prefixes(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
 from tailserve.cluster.settings import prepare_serve, settings
+from tailserve.cluster.tenants import hash_key, new_key
 from tailserve.deployments import distill
 from tailserve.deployments.bench import command as bench
 from tailserve.engine.errors import ConfigError, TailserveError
@@ -73,7 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         serve.add_argument(flag, default=argparse.SUPPRESS, **options)
     bench.add_arguments(commands.add_parser("bench", help="measure any OpenAI-compatible server under load"))
     distill.add_arguments(commands.add_parser("distill", help="make a draft for a model out of the model itself"))
+    key = commands.add_parser("key", help="make an API key, and the hash of it that a configuration's tenants hold")
+    key.set_defaults(run=_key)
     return parser
+
+
+def _key(_: argparse.Namespace) -> int:
+    key = new_key()
+    sys.stdout.write(f"key:  {key}\nhash: {hash_key(key)}\n")
+    return 0
 
 
 def _port(text: str) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from tailserve.cluster.early_stop import EarlyStopConfig
 from tailserve.deployments.client import RouterClient
+from tailserve.deployments.early_stop import EarlyStop
 from tailserve.deployments.text import Detokenizer, StopStrings, TextModel
 from tailserve.engine.errors import InternalError
 from tailserve.engine.types import FinishReason, Request, TokenChunk, TokenLogprob, Usage
@@ -33,6 +35,8 @@ class Choice:
     request: Request
     detokenizer: Detokenizer
     stops: StopStrings
+    early: EarlyStop | None = None
+    show_logprobs: bool = True
     num_tokens: int = 0
     finished: bool = False
     usage: Usage = field(default_factory=Usage)
@@ -45,8 +49,10 @@ class Choice:
         self.usage = chunk.usage
         # A stop token is not part of the answer.
         shown = chunk.token_ids[:-1] if chunk.finish_reason is FinishReason.STOP else chunk.token_ids
-        text, stop = self.stops.push(self.detokenizer.push(shown, final=final), final=final)
-        logprobs = (chunk.logprobs or ())[: len(shown)]
+        text, early = self._read(shown, chunk, final=final)
+        text, stop = self.stops.push(text, final=final or early is not None)
+        logprobs = (chunk.logprobs or ())[: len(shown)] if self.show_logprobs else ()
+        stop = stop if stop is not None else early
         if stop is not None:
             self.finished = True
             return Piece(self.index, text, logprobs, FinishReason.STOP, stop, alone)
@@ -54,6 +60,20 @@ class Choice:
         if not text and not final and not logprobs:
             return None
         return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason, alone)
+
+    def _read(self, shown: Sequence[int], chunk: TokenChunk, *, final: bool) -> tuple[str, str | None]:
+        """The text of a chunk's tokens, and why it ends before them all, if it does."""
+        if self.early is None:
+            return self.detokenizer.push(shown, final=final), None
+        text = ""
+        for place, token_id in enumerate(shown):
+            piece = self.detokenizer.push([token_id], final=final and place == len(shown) - 1)
+            end = chunk.logprobs[place].end if chunk.logprobs else None
+            piece, reason = self.early.push(token_id, piece, end)
+            text += piece
+            if reason is not None:
+                return text, reason
+        return text + (self.detokenizer.push([], final=True) if final else ""), None
 
 
 class Generation:
@@ -67,12 +87,23 @@ class Generation:
         *,
         choices_per_prompt: int = 1,
         stops: list[str],
+        early_stop: EarlyStopConfig | None = None,
+        show_logprobs: bool = True,
     ) -> None:
+        """`early_stop`: heuristics that may end an answer. `show_logprobs`: whether the client asked for them."""
         self._client = client
         self._choices_per_prompt = choices_per_prompt
         self._queue: asyncio.Queue[TokenChunk] = asyncio.Queue()
         self.choices = [
-            Choice(index, request, Detokenizer(text.decode), StopStrings(stops)) for index, request in enumerate(requests)
+            Choice(
+                index,
+                request,
+                Detokenizer(text.decode),
+                StopStrings(stops),
+                None if early_stop is None else EarlyStop(early_stop),
+                show_logprobs,
+            )
+            for index, request in enumerate(requests)
         ]
         self.on_close: Callable[[], None] | None = None
 

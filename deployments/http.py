@@ -23,7 +23,9 @@ from tailserve.deployments.openai import (
 from tailserve.deployments.responses import ResponseFormat, event_stream, whole_response
 from tailserve.deployments.service import Service
 from tailserve.engine.errors import (
+    AuthenticationError,
     BodyTooLargeError,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     NotReadyError,
@@ -34,6 +36,8 @@ from tailserve.engine.errors import (
 STATUS: list[tuple[type[TailserveError], int, str]] = [
     (BodyTooLargeError, 413, "invalid_request_error"),
     (InvalidRequestError, 400, "invalid_request_error"),
+    (AuthenticationError, 401, "invalid_request_error"),
+    (ForbiddenError, 403, "permission_error"),
     (NotFoundError, 404, "not_found_error"),
     (QueueFullError, 429, "rate_limit_error"),
     (NotReadyError, 503, "service_unavailable_error"),
@@ -53,9 +57,10 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(Exception, _on_accident)
 
     async def complete(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+        tenant = service.gate.identify(request.headers)
         service.ready_info()
         body = parse_body(kind, await _body(request))
-        form, generation = await service.start(body, request.headers)
+        form, generation = await service.start(body, request.headers, tenant)
         if body.stream:
             return EventStreamResponse(form, generation)
         return _respond(await whole_response(form, generation))
@@ -69,11 +74,13 @@ def create_app(service: Service) -> FastAPI:
         return await complete(request, CompletionBody)
 
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
+        service.gate.identify(request.headers)
         return _respond(service.models())
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str, request: Request) -> Response:
+        service.gate.identify(request.headers)
         entry = service.models()["data"][0]
         if name != entry["id"]:
             raise NotFoundError(f"the model {name!r} is not served here", param="model", code="model_not_found")
@@ -81,15 +88,18 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
+        service.gate.identify(request.headers)
         return _respond(await service.tokenize(parse_body(TokenizeBody, await _body(request))))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
+        service.gate.identify(request.headers)
         return _respond(service.detokenize(parse_body(DetokenizeBody, await _body(request))))
 
     @app.post("/abort_request")
     async def abort_request(request: Request) -> Response:
-        await service.abort(parse_body(AbortBody, await _body(request)).request_id)
+        tenant = service.gate.identify(request.headers)
+        await service.abort(parse_body(AbortBody, await _body(request)).request_id, tenant)
         return _respond({})
 
     @app.get("/health")
@@ -141,6 +151,8 @@ async def _on_tailserve_error(_: Request, error: Exception) -> Response:
     headers = {}
     if isinstance(error, QueueFullError | NotReadyError):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        # OpenAI's own clients read this one first.
+        headers["Retry-After-Ms"] = str(math.ceil(1e3 * error.retry_after_s))
     return _error(status, error.message, kind, error.param, error.code, headers)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 import msgspec
 
+from tailserve.engine.admission import Admission
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import InvalidRequestError, NotReadyError, QueueFullError
 from tailserve.engine.stats import EngineGauges
@@ -37,9 +37,8 @@ class EngineLoop:
         self._requests: list[tuple[Request, float]] = []
         self._aborts: list[str] = []
         self._abort_ingresses: list[str] = []
-        self._queued: Counter[str] = Counter()
-        """Class to requests that wait for their first slot, those in the inbox included."""
-        self._free_slots = engine.scheduler.config.max_num_seqs
+        self._admission = Admission(classes)
+        self._admission.note(engine.load(), time.monotonic())
         self._stopping = False
         self.failure: BaseException | None = None
         self._owners: dict[str, str] = {}
@@ -50,7 +49,8 @@ class EngineLoop:
     def submit(self, request: Request, ingress: str) -> None:
         """Accepts a request for an ingress; its tokens are published until it ends.
 
-        QueueFullError when its class has `max_queued` waiting already, NotReadyError when the engine is gone.
+        QueueFullError, saying when to come back, when its class is full (see `Admission`); NotReadyError when the engine is
+        gone.
         """
         slo = self._classes.get(request.slo_class)
         if slo is None:
@@ -60,13 +60,12 @@ class EngineLoop:
                 raise NotReadyError("this instance is shutting down; try again")
             if request.id in self._owners:
                 raise InvalidRequestError(f"request id {request.id!r} is already in use", param="request_id")
-            others = self._queued.total() - self._queued[slo.name]
-            if self._queued[slo.name] >= slo.max_queued + max(self._free_slots - others, 0):
+            wait = self._admission.ask(request, time.monotonic())
+            if wait is not None:
                 raise QueueFullError(
-                    f"class {slo.name!r} has {slo.max_queued} requests waiting already; try again later",
-                    retry_after_s=max(1.0, slo.ttft_s),
+                    f"class {slo.name!r} is full; come back in {wait:.1f} s: a place is kept for this request",
+                    retry_after_s=wait,
                 )
-            self._queued[slo.name] += 1
             self._owners[request.id] = ingress
             self._requests.append((request, time.monotonic()))
             self._idle.clear()
@@ -130,9 +129,7 @@ class EngineLoop:
             # Aborts come after additions: an abort never overtakes its request.
             aborts += [request_id for request_id, ingress in list(self._owners.items()) if ingress in gone]
             ended += [chunk for request_id in aborts if (chunk := self._engine.abort(request_id)) is not None]
-            residency = self._engine.scheduler.residency
-            self._queued = +residency.num_queued
-            self._free_slots = self._engine.scheduler.config.max_num_seqs - len(residency.running)
+            self._admission.note(self._engine.load(), time.monotonic())
             stopping = self._stopping
         self._deliver(ended)
         return not stopping

@@ -69,6 +69,7 @@ class GenerationBody(_Strict):
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     ignore_eos: bool = False
+    early_stop: bool = True
     min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: list[_TokenId] = Field(default=[], max_length=64)
     priority: int | None = None
@@ -93,8 +94,11 @@ class GenerationBody(_Strict):
         """How many alternatives to report at each token; None for no logprobs at all."""
         raise NotImplementedError
 
-    def sampling(self, *, max_tokens: int, eos_token_ids: tuple[int, ...], vocab_size: int) -> SamplingParams:
-        """The engine's parameters; a seed is made up when the client gave none."""
+    def sampling(
+        self, *, max_tokens: int, eos_token_ids: tuple[int, ...], vocab_size: int, watch_end: bool = False
+    ) -> SamplingParams:
+        """The engine's parameters; a seed is made up when the client gave none. `watch_end`: see there."""
+        logprobs = self.top_logprobs_count()
         if self.min_tokens > max_tokens:
             raise InvalidRequestError(
                 f"min_tokens is {self.min_tokens}, above the {max_tokens} tokens this answer may have", param="min_tokens"
@@ -115,7 +119,8 @@ class GenerationBody(_Strict):
             min_tokens=self.min_tokens,
             eos_token_ids=() if self.ignore_eos else eos_token_ids,
             stop_token_ids=tuple(self.stop_token_ids),
-            logprobs=self.top_logprobs_count(),
+            logprobs=0 if watch_end and logprobs is None else logprobs,
+            watch_end=watch_end,
         )
 
 

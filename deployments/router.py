@@ -125,6 +125,8 @@ class Router:
             "model": msgspec.to_builtins(self._info),
             "load": msgspec.to_builtins(self._engine.gauges()),
             "stats": msgspec.to_builtins(self._engine.stats),
+            "paces": {name: {"cap": pace.cap, "p99_s": pace.p99_s} for name, pace in self._engine.paces().items()},
+            "step_time_error": dict(zip(("p50", "p99"), self._engine.prediction_errors(), strict=True)),
         }
 
     async def processes(self) -> dict[str, int]:
@@ -197,6 +199,8 @@ def engine_settings(config: TailserveConfig, info: ModelInfo, *, num_outcomes: i
     mixed = config.max_mixed_tokens or (_CPU_MIXED_TOKENS if info.device == "cpu" else config.max_num_batched_tokens)
     return EngineConfig(
         classes=config.classes(),
+        scheduling_policy=config.scheduling_policy,
+        max_wait_s=config.max_wait_s,
         max_mixed_tokens=mixed,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
 from tailserve.cluster.config import TailserveConfig
+from tailserve.cluster.early_stop import EarlyStopConfig
+from tailserve.deployments.auth import Gate, Tenant
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.generation import Generation
 from tailserve.deployments.openai import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
@@ -32,9 +34,12 @@ class Service:
     def __init__(self, config: TailserveConfig, text: TextModel, client: RouterClient, model: str) -> None:
         self._config = config
         self._classes = {slo.name: slo for slo in config.classes()}
+        self._early_stops = {slo.name: slo.early_stop for slo in config.slo_classes}
         self._text = text
         self._client = client
-        self._running: dict[str, list[Generation]] = {}
+        self._running: dict[tuple[str, str], list[Generation]] = {}
+        """Tenant and request id to what is under way."""
+        self.gate = Gate(config.tenants, num_ingresses=config.num_ingresses)
         self.model = model
         self.model_info: ModelInfo | None = None
 
@@ -44,12 +49,29 @@ class Service:
             raise NotReadyError("the model is still loading; try again in a few seconds")
         return self.model_info
 
-    async def start(self, body: ChatBody | CompletionBody, headers: Mapping[str, str]) -> tuple[ResponseFormat, Generation]:
+    async def start(
+        self, body: ChatBody | CompletionBody, headers: Mapping[str, str], tenant: Tenant
+    ) -> tuple[ResponseFormat, Generation]:
         """Places a request's sequences. Every way to refuse it raises before the first byte of an answer is sent."""
+        leave = tenant.enter()
+        try:
+            request_id, generation = await self._prepare(body, headers, tenant)
+        except BaseException:
+            leave()
+            raise
+        self._track(tenant, request_id, generation, leave)
+        await generation.start()
+        prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
+        return ResponseFormat(f"{prefix}-{request_id}", self.model, body, self._text), generation
+
+    async def _prepare(
+        self, body: ChatBody | CompletionBody, headers: Mapping[str, str], tenant: Tenant
+    ) -> tuple[str, Generation]:
+        """A request's id, and its sequences, checked and not yet placed."""
         arrived = time.monotonic()
         info = self.ready_info()
         self._check_model(body.model)
-        slo_class = self._slo_class(body, headers)
+        slo_class = tenant.choose_class(self._asked_class(body, headers), self._config.default_class)
         request_id = body.request_id or _short(headers, "x-request-id", 128) or uuid.uuid4().hex
         prompts = await self._prompts(body)
         choices = [prompt for prompt in prompts for _ in range(body.n)]
@@ -66,6 +88,7 @@ class Service:
             sampling = self._sampling(body, prompt, info, slo_class)
             seed = (sampling.seed + index) % 2**64
             scope = sharing_scope(
+                tenant=tenant.name,
                 session_id=session,
                 prompt_cache_key=body.prompt_cache_key,
                 user=body.user,
@@ -77,23 +100,30 @@ class Service:
                     prompt_token_ids=prompt,
                     sampling=msgspec.structs.replace(sampling, seed=seed),
                     slo_class=slo_class,
+                    tenant=tenant.name,
                     # The choices of one request share their prompt, whoever else may.
                     scope=scope or f"choices:{unique}",
                     age_s=time.monotonic() - arrived,
                     timeout_s=timeout_s,
                 )
             )
-        generation = Generation(self._client, self._text, requests, choices_per_prompt=body.n, stops=body.stops())
-        self._track(request_id, generation)
-        await generation.start()
-        prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
-        return ResponseFormat(f"{prefix}-{request_id}", self.model, body, self._text), generation
+        generation = Generation(
+            self._client,
+            self._text,
+            requests,
+            choices_per_prompt=body.n,
+            stops=body.stops(),
+            early_stop=self._early_stop(body, slo_class),
+            show_logprobs=body.top_logprobs_count() is not None,
+        )
+        return request_id, generation
 
-    async def abort(self, request_id: str) -> None:
-        """Ends a request by the id its client knows. NotFoundError if no such request runs here."""
+    async def abort(self, request_id: str, tenant: Tenant) -> None:
+        """Ends a tenant's request by the id its client knows. NotFoundError if no such request of its own runs here."""
         # Clients know the id they gave, or the one in the response.
         names = [request_id, request_id.removeprefix("chatcmpl-"), request_id.removeprefix("cmpl-")]
-        running = next((self._running[name] for name in names if name in self._running), None)
+        found = (self._running.get((tenant.name, name)) for name in names)
+        running = next((generations for generations in found if generations), None)
         if running is None:
             raise NotFoundError(f"no request {request_id!r} is running here", param="request_id")
         for generation in running:
@@ -134,8 +164,8 @@ class Service:
                 code="model_not_found",
             )
 
-    def _slo_class(self, body: GenerationBody, headers: Mapping[str, str]) -> str:
-        """Header, then tier, then priority."""
+    def _asked_class(self, body: GenerationBody, headers: Mapping[str, str]) -> str | None:
+        """Header, then tier, then priority; None for a request that leaves it to the server."""
         name = headers.get("x-slo-class")
         if name is not None:
             if name not in self._classes:
@@ -143,10 +173,13 @@ class Service:
                     f"X-SLO-Class is {name!r}; this server has {', '.join(self._classes)}", param="X-SLO-Class"
                 )
             return name
+        default = self._config.default_class
         if body.service_tier is not None:
-            return self._config.service_tiers.get(body.service_tier, self._config.default_class)
-        urgent = body.priority is not None and body.priority < 0
-        return self._config.urgent_class if urgent else self._config.default_class
+            name = self._config.service_tiers.get(body.service_tier, default)
+            return None if name == default and body.service_tier in ("auto", "default") else name
+        if body.priority is not None and body.priority < 0:
+            return self._config.urgent_class
+        return None
 
     async def _prompts(self, body: ChatBody | CompletionBody) -> list[tuple[int, ...]]:
         if isinstance(body, ChatBody):
@@ -174,22 +207,30 @@ class Service:
         room = info.max_model_len - len(prompt)
         if room < 1:
             raise _too_long(str(len(prompt)), info.max_model_len)
+        early = self._early_stop(body, slo_class)
         wanted = body.wanted_tokens()
         limit = min(room, self._classes[slo_class].max_tokens)
         return body.sampling(
             max_tokens=limit if wanted is None else min(wanted, limit),
             eos_token_ids=self._text.eos_token_ids,
             vocab_size=info.vocab_size,
+            watch_end=early is not None and early.complete_above is not None,
         )
 
-    def _track(self, request_id: str, generation: Generation) -> None:
-        self._running.setdefault(request_id, []).append(generation)
+    def _early_stop(self, body: GenerationBody, slo_class: str) -> EarlyStopConfig | None:
+        config = self._early_stops[slo_class]
+        return config if config.any and body.early_stop and not body.ignore_eos else None
+
+    def _track(self, tenant: Tenant, request_id: str, generation: Generation, leave: Callable[[], None]) -> None:
+        name = (tenant.name, request_id)
+        self._running.setdefault(name, []).append(generation)
 
         def forget() -> None:
-            rest = self._running.get(request_id, [])
+            leave()
+            rest = self._running.get(name, [])
             rest.remove(generation)
             if not rest:
-                self._running.pop(request_id, None)
+                self._running.pop(name, None)
 
         generation.on_close = forget
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from tailserve.engine.errors import ConfigError
@@ -12,6 +14,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the scheduler and the engine go by. Sizes are in tokens unless they say otherwise."""
 
     classes: tuple[SloClass, ...]
+    scheduling_policy: Literal["slack", "priority", "fcfs"] = "slack"
+    """What decides who is in a step: slack; the class's priority alone, which takes no slot from anybody (vLLM's rule); or
+    who came first."""
+    max_wait_s: float = 60.0
+    """A request for which nothing was done for so long goes before all others, one at a time."""
     max_num_seqs: int = 64
     """Sequences that may run at once."""
     max_num_batched_tokens: int = 512
@@ -35,6 +42,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Drafts of one sequence that a step verifies, at most."""
     draft_timeout_s: float = 0.05
     """How long a step may wait for the draft. Late drafts are dropped."""
+
+    @property
+    def paced(self) -> bool:
+        """Whether the targets of the classes decide."""
+        return self.scheduling_policy == "slack"
 
     def __post_init__(self) -> None:
         if not self.classes:

@@ -2,71 +2,124 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
+
+import numpy as np
 
 from tailserve.engine.types import Batch
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Tokens of a step whose times are kept; what lies between is interpolated."""
-WEIGHT = 0.2
-"""Of the newest step in a size's running mean."""
-DRIFT = 0.02
-"""What of its deviation the other sizes take over: longer contexts and a busier machine slow all of them down."""
+"""Tokens of a step whose times are kept; what lies between is interpolated, and what lies beyond is on the last line."""
+CONTEXT = 128
+"""Tokens of context, of each sequence, that the times are for."""
 WORST = 2.0
-"""Times the expected that a step counts as having taken at most. Were only what the others take over limited, they would
-sink: single steps are often far too slow, and never far too fast."""
+"""Times the expected that a step counts as having taken at most: single steps are often far too slow, never far too fast."""
+NOISE = 0.06
+"""Of a step's time, from one to the next of the same content (standard deviation)."""
+DRIFT_ALL, DRIFT_EACH = 0.01, 0.004
+"""By how much all times change together, and each for itself, from step to step: a busier machine slows all of them down."""
+REMEMBERED = 512
+"""Predictions whose errors are kept."""
 
 
 class StepTimes:
-    """Seconds of a step by its number of tokens. Grows with it, whatever single steps say."""
+    """Seconds of a step: a piecewise linear function of its tokens, which grows with them, less so much for each token whose
+    logits nobody wants, and so much for each token of context beyond `CONTEXT` a sequence.
+
+    A Kalman filter over these numbers (Kalman, 1960): what is measured moves what it depends on, by how uncertain it is.
+    """
 
     def __init__(self, profile: Sequence[tuple[int, float]] = ()) -> None:
-        """`profile`: tokens and seconds of steps that were measured before there was traffic; may be empty."""
-        self._means: dict[int, float] = {}
-        for num_tokens, seconds in sorted(profile):
-            self._means[self._around(num_tokens)[0]] = seconds
+        """`profile`: tokens and seconds of steps of single tokens at a context of `CONTEXT`, measured before there was
+        traffic; may be empty."""
+        self._known = False
+        self._excess = 0
+        self._ratios: deque[float] = deque(maxlen=REMEMBERED)
+        if profile:
+            tokens, seconds = (list(values) for values in zip(*sorted(profile), strict=True))
+            slope = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2]) if len(tokens) > 1 else 0.0
+            beyond = [seconds[-1] + max(slope, 0.0) * (size - tokens[-1]) for size in SIZES]
+            times = np.where(np.array(SIZES) <= tokens[-1], np.interp(SIZES, tokens, seconds), beyond)
+            self._begin(times, doubt=0.05)
 
-    def predict(self, num_tokens: int) -> float | None:
-        """Seconds, or None if no step of about that size is known."""
-        low, high, share = self._around(num_tokens)
-        if low not in self._means or high not in self._means:
-            return self._means.get(low, self._means.get(high))
-        return self._means[low] + share * (self._means[high] - self._means[low])
+    def predict(self, num_tokens: int, *, unsampled: int = 0, excess: int | None = None) -> float | None:
+        """Seconds of a step of `num_tokens`, or None before anything is known.
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
+        `unsampled`: those of them whose logits are not wanted. `excess`: tokens of context that are read, beyond `CONTEXT` a
+        sequence; by default as many as in the last step.
+        """
+        if not self._known:
+            return None
+        low, share = _place(num_tokens)
+        heights = self._heights
+        seconds = heights[low] + share * (heights[low + 1] - heights[low])
+        return max(seconds - self._saved * unsampled + self._read * (self._excess if excess is None else excess), 1e-6)
+
+    def observe(self, num_tokens: int, seconds: float, *, unsampled: int = 0, excess: int = 0) -> None:
         """Learns from a step that ran; one without tokens (it only told that rows are gone) or duration says nothing."""
         if num_tokens <= 0 or seconds <= 0:
             return
-        low, high, share = self._around(num_tokens)
-        expected = self.predict(num_tokens)
-        if expected is None:
-            self._means[low] = self._means[high] = seconds
-            return
-        seconds = min(seconds, WORST * expected)
-        error = seconds - expected
-        for size in self._means:
-            self._means[size] *= 1 + DRIFT * error / expected
-        error = seconds - (self.predict(num_tokens) or 0.0)
-        for size, part in ((low, 1 - share), (high, share)):
-            if part:
-                self._means[size] = self._means.get(size, seconds) + WEIGHT * part * error
-        least = 0.0
-        for size in sorted(self._means):
-            least = self._means[size] = max(self._means[size], least)
+        self._excess = excess
+        if not self._known:
+            self._begin(np.full(len(SIZES), seconds), doubt=0.5)
+        expected = self.predict(num_tokens, unsampled=unsampled) or seconds
+        self._ratios.append(seconds / expected)
+        low, share = _place(num_tokens)
+        weights = np.zeros(len(SIZES) + 2)
+        weights[low : low + 2] = 1 - share, share
+        weights[-2:] = -unsampled, excess
+        heights = self._state[:-2]
+        self._doubt[:-2, :-2] += DRIFT_ALL**2 * np.outer(heights, heights)
+        self._doubt[np.diag_indices(len(heights))] += (DRIFT_EACH * heights) ** 2
+        reach = self._doubt @ weights
+        gain = reach / (weights @ reach + (NOISE * expected) ** 2)
+        self._state += gain * (min(seconds, WORST * expected) - weights @ self._state)
+        self._doubt -= np.outer(gain, reach)
+        self._settle()
 
-    @staticmethod
-    def _around(num_tokens: int) -> tuple[int, int, float]:
-        """The sizes on both sides, and how far it is from the lower to the higher, 0 to 1."""
-        place = bisect_right(SIZES, num_tokens) - 1
-        if place < 0 or place + 1 >= len(SIZES) or SIZES[place] == num_tokens:
-            size = SIZES[max(place, 0)]
-            return size, size, 0.0
-        low, high = SIZES[place], SIZES[place + 1]
-        return low, high, (num_tokens - low) / (high - low)
+    def errors(self) -> tuple[float, float]:
+        """Median and p99 of how far predictions were off lately, as a share of what was predicted; 0 before any."""
+        errors = np.abs(np.array(self._ratios or [1.0]) - 1)
+        return float(np.median(errors)), float(np.percentile(errors, 99))
+
+    def _begin(self, times: np.ndarray, *, doubt: float) -> None:
+        """`doubt`: of each time by itself, as a share of it; all of them together may be off by a fifth."""
+        self._state = np.append(times, [0.0, 0.0])
+        self._doubt = np.zeros((len(self._state), len(self._state)))
+        self._doubt[:-2, :-2] = 0.2**2 * np.outer(times, times)
+        slope = max(times[-1] - times[0], times[0]) / SIZES[-1]
+        # Logits are a good part of a token's time at most; and a context of some thousands doubles a step's.
+        own = np.append(doubt * times, [0.3 * slope, 2e-4 * times[0]])
+        self._doubt[np.diag_indices(len(own))] += own**2
+        self._known = True
+        self._settle()
+
+    def _settle(self) -> None:
+        # More tokens, or more context, never take less time.
+        self._heights: list[float] = np.maximum.accumulate(self._state[:-2]).tolist()
+        self._saved, self._read = max(float(self._state[-2]), 0.0), max(float(self._state[-1]), 0.0)
+
+
+def _place(num_tokens: int) -> tuple[int, float]:
+    """The index of the size below (the last but one at most), and how far the number is from it to the next; above 1 behind
+    the last."""
+    # SIZES are the powers of two.
+    low = min(num_tokens.bit_length() - 1, len(SIZES) - 2) if num_tokens > 0 else 0
+    return low, max(num_tokens - SIZES[low], 0) / SIZES[low]
 
 
 def count_tokens(batch: Batch) -> int:
     """Tokens that a batch computes, drafts included."""
     branches = sum(len(branch) + 1 for some in batch.branches.values() for branch in some)
     return sum(batch.lengths) + sum(map(len, batch.drafts.values())) + branches
+
+
+def count_unsampled(batch: Batch) -> int:
+    """Those of a batch's tokens whose logits are not wanted."""
+    return sum(batch.lengths) - sum(batch.samples)
+
+
+def count_excess(batch: Batch) -> int:
+    """Tokens of context that a batch reads, beyond `CONTEXT` for each sequence."""
+    return sum(batch.starts) + sum(batch.lengths) - CONTEXT * len(batch.rows)

@@ -6,12 +6,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from tailserve.engine.config import EngineConfig
-from tailserve.engine.cost import StepTimes, count_tokens
+from tailserve.engine.cost import StepTimes, count_excess, count_tokens, count_unsampled
 from tailserve.engine.errors import ExecutorLostError
+from tailserve.engine.load import Load, measure_load
+from tailserve.engine.pace import Pace
 from tailserve.engine.scheduler import Scheduler
 from tailserve.engine.speculation.coordinator import DraftCoordinator, draft_limit
 from tailserve.engine.speculation.drafter import Drafter
@@ -35,6 +37,9 @@ class _UnderWay(NamedTuple):
     """What is remembered of a submitted step."""
 
     num_tokens: int
+    unsampled: int
+    excess: int
+    """See `StepTimes.predict`, also of `num_tokens`."""
     num_sequences: int
     only_generates: bool
     drafted: bool
@@ -78,7 +83,7 @@ class Engine:
         self.stats = EngineStats()
         self._times = StepTimes(config.step_profile)
         self._policy = DraftPolicy(self._times)
-        self.scheduler = Scheduler(config, self.stats, DraftSelection(self._policy, self.stats))
+        self.scheduler = Scheduler(config, self.stats, DraftSelection(self._policy, self.stats), self._times)
         self._executor = executor
         self._clock = clock
         self._losses = 0
@@ -86,6 +91,8 @@ class Engine:
         """The submitted steps, oldest first."""
         self._committed_at: float | None = None
         """When the step before those under way was; None if there was a pause."""
+        self._ends: float | None = None
+        """When the step that runs is expected to end."""
         self._due = 0.0
         """When the step behind the one that runs is to be scheduled."""
         self.broken = False
@@ -143,9 +150,9 @@ class Engine:
             return self.scheduler.take_ended()
         self._losses = 0
         done = self._under_way.popleft()
-        self._times.observe(done.num_tokens, result.duration_s)
+        self._times.observe(done.num_tokens, result.duration_s, unsampled=done.unsampled, excess=done.excess)
         self._expect_end()
-        chunks = self.scheduler.commit(result)
+        chunks = self.scheduler.commit(result, self._clock())
         self._note_step(done, result)
         if self.drafts and not self._under_way:
             self.drafts.start(result.step, self.scheduler.residency.running, states=done.states)
@@ -157,7 +164,9 @@ class Engine:
             return []
         found = self.drafts.take_prefixes()
         self.drafts.ask_prefixes(self.scheduler.residency.running)
-        return [chunk for row, tokens in found.items() if (chunk := self.scheduler.take_prefix(row, tokens)) is not None]
+        now = self._clock()
+        taken = (self.scheduler.take_prefix(row, tokens, now) for row, tokens in found.items())
+        return [chunk for chunk in taken if chunk is not None]
 
     @property
     def _depth(self) -> int:
@@ -183,7 +192,9 @@ class Engine:
         drafts = self.drafts.collect(running) if self.drafts else {}
         wanted = self.drafts is not None and self.drafts.wanted(running)
         states = self.drafts is not None and self.drafts.wants_states(running)
-        batch = self.scheduler.schedule(self._clock(), drafts, states=states)
+        now = self._clock()
+        start = now if self._ends is None else max(self._ends, now)
+        batch = self.scheduler.schedule(now, drafts, states=states, start=start)
         # Without anything to put behind it, the step that runs is waited for.
         self._due = math.inf
         if batch is not None:
@@ -191,7 +202,16 @@ class Engine:
             self.stats.drafted_steps += bool(batch.drafts)
             only_generates = all(batch.samples) and all(length == 1 for length in batch.lengths)
             self._under_way.append(
-                _UnderWay(count_tokens(batch), len(batch.rows), only_generates, wanted, states, bool(batch.drafts))
+                _UnderWay(
+                    count_tokens(batch),
+                    count_unsampled(batch),
+                    count_excess(batch),
+                    len(batch.rows),
+                    only_generates,
+                    wanted,
+                    states,
+                    bool(batch.drafts),
+                )
             )
             if len(self._under_way) == 1:
                 self._expect_end()
@@ -202,8 +222,10 @@ class Engine:
 
     def _expect_end(self) -> None:
         """A step begins to run now, if there is one: when to schedule the next."""
-        predicted = self._times.predict(self._under_way[0].num_tokens) if self._under_way else None
-        self._due = math.inf if predicted is None else self._clock() + predicted - LEAD_S
+        step = self._under_way[0] if self._under_way else None
+        predicted = step and self._times.predict(step.num_tokens, unsampled=step.unsampled, excess=step.excess)
+        self._ends = None if predicted is None else self._clock() + predicted
+        self._due = math.inf if self._ends is None else self._ends - LEAD_S
 
     def _time_to_spare(self) -> float | None:
         """Seconds until the next step is to be scheduled; None if that is not due before a result."""
@@ -220,6 +242,18 @@ class Engine:
             num_waiting=len(residency.waiting),
             kv_cache_usage=residency.pool.usage,
         )
+
+    def load(self) -> Load:
+        """What admission goes by."""
+        return measure_load(self.scheduler, self._times)
+
+    def paces(self) -> Mapping[str, Pace]:
+        """Each class's cap, and what its sequences see."""
+        return self.scheduler.planner.paces
+
+    def prediction_errors(self) -> tuple[float, float]:
+        """See `StepTimes.errors`."""
+        return self._times.errors()
 
     def check_integrity(self) -> None:
         """See `Scheduler.check_integrity`."""

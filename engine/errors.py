@@ -5,8 +5,10 @@ TailserveError
 ├── UnsupportedModelError  the model cannot run in packed batches
 ├── InvalidRequestError    the client must change the request (HTTP 400)
 │   └── BodyTooLargeError  (413)
+├── AuthenticationError    no API key, or an unknown one (401)
+├── ForbiddenError         the key's tenant may not do this (403)
 ├── NotFoundError          no such model or request (404)
-├── QueueFullError         the class is saturated (429); carries when to try again
+├── QueueFullError         the class is saturated, or a tenant's limit reached (429); carries when to try again
 ├── NotReadyError          nothing can serve the request yet (503); carries when to try again
 ├── ExecutorLostError      the process that runs the model died or hung; the engine recovers
 └── InternalError          tailserve's own fault (500)
@@ -55,6 +57,14 @@ class BodyTooLargeError(InvalidRequestError):
     code = "body_too_large"
 
 
+class AuthenticationError(TailserveError):
+    code = "invalid_api_key"
+
+
+class ForbiddenError(TailserveError):
+    code = "class_not_allowed"
+
+
 class NotFoundError(TailserveError):
     code = "not_found"
 
@@ -62,8 +72,8 @@ class NotFoundError(TailserveError):
 class QueueFullError(TailserveError):
     code = "queue_full"
 
-    def __init__(self, message: str, *, retry_after_s: float, param: str | None = None) -> None:
-        super().__init__(message, param=param)
+    def __init__(self, message: str, *, retry_after_s: float, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, param=param, code=code)
         self.retry_after_s = retry_after_s
 
 

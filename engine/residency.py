@@ -7,21 +7,23 @@ from collections import Counter
 
 from tailserve.engine.blocks import BlockPool
 from tailserve.engine.config import EngineConfig
-from tailserve.engine.sequence import Sequence
+from tailserve.engine.sequence import Key, Sequence
 from tailserve.engine.stats import EngineStats
 from tailserve.engine.types import RowJoin
 
 
-def place_in_line(seq: Sequence) -> tuple[int, float, int]:
-    """The sort key of both lines: class priority, then arrival."""
+def place_in_line(seq: Sequence) -> Key:
+    """The sort key of both lines."""
     return seq.key
 
 
 class Residency:
-    """Two lines, running and waiting, both in order of (class priority, arrival), over one block pool.
+    """Two lines, running and waiting, both in order of their keys, over one block pool.
 
     A running sequence has a row at the verifier and blocks; a waiting one has neither. Slots and blocks are taken from
-    lower classes for higher ones; inside a class only an earlier sequence that already runs takes blocks from a later one.
+    lower classes for higher ones, and from those whose first token is late anyway for those that can be in time; else only
+    an earlier sequence that already runs takes blocks from a later one. So victims are the least urgent, and of these who
+    came last, which has the least to compute again; most of that is found in the cache.
     """
 
     def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
@@ -30,8 +32,10 @@ class Residency:
         self.pool = BlockPool(config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
-        self.num_queued: Counter[str] = Counter()
-        """Class name to sequences that have not started yet."""
+        self.queued: Counter[tuple[str, str]] = Counter()
+        """Class and tenant to sequences that have not started yet."""
+        self.started: Counter[str] = Counter()
+        """Class to sequences that have."""
         self.joins: list[RowJoin] = []
         self.leaves: list[int] = []
         self._next_row = 0
@@ -39,16 +43,23 @@ class Residency:
     def enter(self, seq: Sequence) -> None:
         """Puts a new sequence in line."""
         insort(self.waiting, seq, key=place_in_line)
-        self.num_queued[seq.slo.name] += 1
+        self.queued[seq.slo.name, seq.request.tenant] += 1
 
     def remove(self, seq: Sequence) -> None:
         """Takes a sequence out of its line; its blocks are free on return."""
         if seq.row is None:
             del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
             if seq.num_cached is None:
-                self.num_queued[seq.slo.name] -= 1
+                self.queued[seq.slo.name, seq.request.tenant] -= 1
         else:
             self._leave(seq)
+
+    def move(self, seq: Sequence, key: Key) -> None:
+        """Gives a sequence another place in its line."""
+        line = self.waiting if seq.row is None else self.running
+        del line[bisect_left(line, seq.key, key=place_in_line)]
+        seq.key = key
+        insort(line, seq, key=place_in_line)
 
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's row and blocks. It keeps its tokens and its place in line."""
@@ -83,7 +94,7 @@ class Residency:
             free += 1
 
     def admit(self, seq: Sequence) -> bool:
-        """Gives the first waiting sequence a row, the cached part of its tokens, and its place among the running.
+        """Gives a waiting sequence a row, the cached part of its tokens, and its place among the running.
 
         False when there is no slot for it, or no room for its tokens that lower classes could yield.
         """
@@ -103,7 +114,7 @@ class Residency:
                 return False
             self.preempt(self.running[-1])
             cached = self.pool.match(hashes)
-        del self.waiting[0]
+        del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
         self.pool.acquire(cached)
         seq.block_ids = cached
         seq.num_registered = len(cached)
@@ -114,7 +125,8 @@ class Residency:
         self.stats.prefix_cache_hits += seq.num_computed
         if seq.num_cached is None:
             seq.num_cached = seq.num_computed
-            self.num_queued[seq.slo.name] -= 1
+            self.queued[seq.slo.name, seq.request.tenant] -= 1
+            self.started[seq.slo.name] += 1
             self.stats.prompt_tokens += seq.prompt_len
         self.join(seq)
         return True
@@ -162,8 +174,8 @@ class Residency:
         assert len(self.running) <= self.config.max_num_seqs, "more sequences run than there are slots"
         for name, line in (("running", self.running), ("waiting", self.waiting)):
             assert line == sorted(line, key=place_in_line), f"{name} sequences are out of order"
-        queued = Counter(seq.slo.name for seq in self.waiting if seq.num_cached is None)
-        assert +self.num_queued == queued, f"{self.num_queued} queued by count, {queued} in line"
+        queued = Counter((seq.slo.name, seq.request.tenant) for seq in self.waiting if seq.num_cached is None)
+        assert +self.queued == queued, f"{self.queued} queued by count, {queued} in line"
         for seq in self.running:
             assert seq.row is not None, "a running sequence has no row"
             assert 0 <= seq.num_computed < len(seq.token_ids), "a sequence is computed past its last token"
@@ -194,4 +206,4 @@ class Residency:
 
 
 def _outranks(seq: Sequence, other: Sequence) -> bool:
-    return seq.slo.priority < other.slo.priority
+    return seq.key[:2] < other.key[:2]

@@ -1,23 +1,32 @@
-"""Who runs in the next step, and what became of the last one.
+"""What a step is, and what became of the last one.
 
-One rule for everything: sequences are placed in order of (class priority, arrival), whether they run or wait, generate or
-still read their prompt. A sequence has tokens, and `num_computed` catches up with them.
+One rule for everything: sequences stand in line by class, then arrival, whether they run or wait, generate or still read
+their prompt; `composition.py` has who of them is in a step. A sequence has tokens, and `num_computed` catches up with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tailserve.engine.composition import Composition
 from tailserve.engine.config import EngineConfig
+from tailserve.engine.cost import StepTimes
 from tailserve.engine.errors import InvalidRequestError
+from tailserve.engine.fairness import FairShares
+from tailserve.engine.overdue import Overdue
+from tailserve.engine.planner import Planner
 from tailserve.engine.residency import Residency
 from tailserve.engine.scheduled import Scheduled
-from tailserve.engine.sequence import Sequence
+from tailserve.engine.sequence import Key, Sequence
+from tailserve.engine.slo import next_due_after
 from tailserve.engine.speculation.drafter import Draft
 from tailserve.engine.speculation.selection import DraftSelection
 from tailserve.engine.stats import EngineStats
 from tailserve.engine.stopping import Stop, check_stop, may_have_prefix
 from tailserve.engine.types import Batch, FinishReason, Request, StepResult, TokenChunk, TokenLogprob
+
+PACE_WEIGHT = 0.15
+"""Of the newest tokens in a sequence's running mean of its pace."""
 
 
 class Scheduler:
@@ -27,12 +36,16 @@ class Scheduler:
     `fail_all`.
     """
 
-    def __init__(self, config: EngineConfig, stats: EngineStats, selection: DraftSelection) -> None:
+    def __init__(self, config: EngineConfig, stats: EngineStats, selection: DraftSelection, times: StepTimes) -> None:
         self.config = config
         self.stats = stats
         self._selection = selection
         self.residency = Residency(config, stats)
-        self._classes = {slo.name: slo for slo in config.classes}
+        self.planner = Planner(config, times)
+        self._composition = Composition(self.planner, self.residency, times)
+        self._overdue = Overdue(config, times, self.residency)
+        self.classes = {slo.name: slo for slo in config.classes}
+        self._shares = {slo.name: FairShares() for slo in config.classes}
         self._sequences: dict[str, Sequence] = {}
         self._timed: dict[str, Sequence] = {}
         self._ended: list[TokenChunk] = []
@@ -49,7 +62,7 @@ class Scheduler:
 
         `drafts`: whether there is one, which may write the first tokens.
         """
-        slo = self._classes.get(request.slo_class)
+        slo = self.classes.get(request.slo_class)
         num_prompt = len(request.prompt_token_ids)
         if slo is None:
             raise InvalidRequestError(f"unknown SLO class {request.slo_class!r}", param="slo_class")
@@ -61,7 +74,10 @@ class Scheduler:
                 param="prompt",
             )
         self._num_added += 1
-        seq = Sequence(request, slo, now - request.age_s, self._num_added, self.config.max_model_len)
+        level = 0 if self.config.scheduling_policy == "fcfs" else slo.priority
+        tag, charge = self._shares[slo.name].enter(request.tenant, num_prompt, request.sampling.max_tokens)
+        key = Key(level, late=False, tag=tag, number=self._num_added)
+        seq = Sequence(request, slo, now - request.age_s, key, self.config.max_model_len, charge=charge)
         self._sequences[request.id] = seq
         seq.awaits_prefix = drafts and slo.speculative_prefix > 0 and may_have_prefix(request.sampling)
         if request.timeout_s is not None:
@@ -82,54 +98,26 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return ended
 
-    def schedule(self, now: float, drafts: Mapping[int, Draft], *, states: bool = False) -> Batch | None:
+    def schedule(
+        self, now: float, drafts: Mapping[int, Draft], *, states: bool = False, start: float | None = None
+    ) -> Batch | None:
         """The next batch, or None if there is nothing to do. `drafts` by row; those that no longer fit are dropped.
-        `states`: see `Batch`.
+        `states`: see `Batch`. `start`: when it will begin, if not at once.
 
         Steps under way count as done, so the next can wait behind them at the verifier. Not so behind a step with drafts:
         how many of them hold is not known before it is committed.
         """
         for seq in [seq for seq in self._timed.values() if seq.expired(now)]:
             self._ended.append(self._finish(seq, Stop(FinishReason.LENGTH, "deadline")))
-        residency = self.residency
-        residency.yield_slots()
-        running, waiting = residency.running, residency.waiting
-        work: list[Scheduled] = []
-        new_blocks: dict[int, list[int]] = {}
-        # Every generating sequence is sure of one token; prompt chunks share what is left, most urgent first.
-        generating = sum(seq.num_pending == 1 for seq in running)
-        spare = total = self.config.max_num_batched_tokens - generating
-        if generating:
-            mixed = self.config.max_mixed_tokens
-            spare = min(spare, max(mixed - generating, mixed // 2))
-        prompts = spare
-        admitting, index = True, 0
-        while True:
-            admitted = False
-            if admitting and waiting and (index >= len(running) or waiting[0].key < running[index].key):
-                admitted = admitting = spare > 0 and residency.admit(waiting[0])
-            if index >= len(running):
-                break
-            seq = running[index]
-            if seq.awaits_prefix and seq.num_pending == 1:
-                # Nobody waits for it.
-                seq.awaits_prefix = False
-            sure = seq.num_pending == 1 and not admitted
-            length = 1 if sure else min(seq.num_pending - seq.awaits_prefix, spare)
-            if length == 0:
-                index += 1
-                continue
-            if not residency.extend(seq, seq.num_scheduled + length, new_blocks):
-                continue  # it gave its own place up: the next one moved to this index
-            spare -= 0 if sure else length
-            assert seq.row is not None
-            work.append(Scheduled(seq, seq.row, seq.num_scheduled, length, length == seq.num_pending, [], []))
-            index += 1
+        self._overdue.review(self._sequences.values(), now)
+        if self.config.scheduling_policy != "priority":
+            self.residency.yield_slots()
+        work, new_blocks, plan = self._composition.compose(now, max(start or now, now))
         # Drafts come last: they must not take the block or the token that somebody needs.
-        self._selection.add(work, drafts, spare + total - prompts, residency, new_blocks)
+        self._selection.add(work, drafts, plan.count_drafts, self.residency, new_blocks)
         return self._pack(work, new_blocks, states)
 
-    def commit(self, result: StepResult) -> list[TokenChunk]:
+    def commit(self, result: StepResult, now: float) -> list[TokenChunk]:
         """Advances the sequences of a step; the only place where that happens. Returns what clients are to get."""
         chunks = self.take_ended()
         self.stats.steps += 1
@@ -140,6 +128,7 @@ class Scheduler:
                 continue  # it ended or was displaced while the step ran
             seq.num_computed = entry.start + entry.length
             if token_ids:
+                self._note_pace(seq, len(token_ids), now)
                 if not seq.num_output:
                     self._selection.policy.note_arrival(len(self.residency.running))
                 seq.num_sampling -= 1
@@ -148,10 +137,11 @@ class Scheduler:
                 self._selection.observe(entry, token_ids)
                 chunks.append(self._append(seq, token_ids, result.logprobs.get(entry.row)))
             else:
+                seq.moved_s = now
                 self.residency.register(seq)
         return chunks
 
-    def take_prefix(self, row: int, token_ids: list[int]) -> TokenChunk | None:
+    def take_prefix(self, row: int, token_ids: list[int], now: float) -> TokenChunk | None:
         """What the draft wrote alone for a row that still awaits it; None if nothing of it can be used."""
         seq = next((seq for seq in self.residency.running if seq.row == row and seq.awaits_prefix), None)
         if seq is None:
@@ -164,6 +154,7 @@ class Scheduler:
         tokens = token_ids[: min(count, self.residency.room(seq) - 1)]
         if not tokens:
             return None
+        self._note_pace(seq, len(tokens), now)
         seq.token_ids += tokens
         seq.num_prefix = len(tokens)
         self.stats.generated_tokens += len(tokens)
@@ -188,6 +179,16 @@ class Scheduler:
         assert len(lines) == len(self._sequences), "a sequence is in no line, or in two"
         assert {id(seq) for seq in lines} == {id(seq) for seq in self._sequences.values()}
         assert self._timed.keys() <= self._sequences.keys(), "a deadline outlived its request"
+
+    def _note_pace(self, seq: Sequence, count: int, now: float) -> None:
+        """`count` tokens more are there."""
+        if seq.due_s is None:
+            self._overdue.restore(seq)
+        else:
+            per_token = (now - seq.moved_s) / count
+            seq.pace_s = per_token if seq.pace_s is None else seq.pace_s + PACE_WEIGHT * (per_token - seq.pace_s)
+        seq.due_s = next_due_after(seq, count, now)
+        seq.moved_s = now
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> TokenChunk:
         stop: Stop | None = None
@@ -222,18 +223,21 @@ class Scheduler:
         del self._sequences[seq.request.id]
         self._timed.pop(seq.request.id, None)
         self.residency.remove(seq)
+        computed = seq.prompt_len if seq.due_s is not None else 0
+        self._shares[seq.slo.name].end(seq.request.tenant, seq.charge, computed, seq.num_output)
         self.stats.finished[stop.reason] = self.stats.finished.get(stop.reason, 0) + 1
         return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error)
 
     def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]], states: bool) -> Batch | None:
+        if not work and not self.residency.leaves:
+            return None
         joins, self.residency.joins = self.residency.joins, []
         leaves, self.residency.leaves = self.residency.leaves, []
-        if not work and not leaves:
-            return None
         step = self._num_steps
         self._num_steps += 1
         self._in_flight[step] = work
         for entry in work:
+            self._shares[entry.seq.slo.name].start(entry.seq.key.tag)
             entry.seq.num_scheduled += entry.length
             entry.seq.num_sampling += entry.samples
         return Batch(

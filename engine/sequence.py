@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from tailserve.engine.blocks import chain_hash, root_hash
 from tailserve.engine.speculation.acceptance import OwnRecord
 from tailserve.engine.types import Request, SloClass, Usage
+
+
+class Key(NamedTuple):
+    """A place in line: sequences go in the order of these."""
+
+    level: int
+    """The class's priority, or less where a sequence has waited for too long."""
+    late: bool
+    """Its first token cannot be in time any more."""
+    tag: float
+    """Arrival, as far as tenants have had their shares."""
+    number: int
 
 
 class Sequence:
@@ -19,10 +33,14 @@ class Sequence:
         "arrival_s",
         "awaits_prefix",
         "block_ids",
+        "charge",
         "draft_record",
+        "due_s",
+        "first_due_s",
         "hashes",
         "key",
         "max_len",
+        "moved_s",
         "num_accepted_drafts",
         "num_cached",
         "num_computed",
@@ -31,6 +49,7 @@ class Sequence:
         "num_registered",
         "num_sampling",
         "num_scheduled",
+        "pace_s",
         "prompt_len",
         "request",
         "row",
@@ -38,12 +57,24 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, slo: SloClass, arrival_s: float, number: int, max_model_len: int) -> None:
+    def __init__(
+        self, request: Request, slo: SloClass, arrival_s: float, key: Key, max_model_len: int, *, charge: float = 0.0
+    ) -> None:
+        """`charge`: what its tenant was charged for it beforehand."""
         self.request = request
         self.slo = slo
         self.arrival_s = arrival_s
-        self.key = (slo.priority, arrival_s, number)
-        """Place in line: class, then arrival, then number. Keeps its value when the sequence is preempted."""
+        self.charge = charge
+        self.key = key
+        """Place in line. Keeps its value when the sequence is preempted."""
+        self.first_due_s = arrival_s + slo.ttft_s
+        """When its first token is due."""
+        self.due_s: float | None = None
+        """When its next token is; None before the first."""
+        self.pace_s: float | None = None
+        """Seconds for each of its last tokens, a running mean; None before the second."""
+        self.moved_s = arrival_s
+        """When a step last did something for it, or when it came."""
         self.token_ids = list(request.prompt_token_ids)
         self.prompt_len = len(self.token_ids)
         self.max_len = min(self.prompt_len + request.sampling.max_tokens, max_model_len)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 import msgspec
 
@@ -34,6 +35,8 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True):
     """The most output tokens a request of this class may ask for."""
     max_queued: int = 1024
     """Requests of this class that may wait for their first slot before further ones are refused."""
+    admission: Literal["wait", "reject"] = "wait"
+    """Of a request whose first token cannot be in time: whether it waits all the same, or is refused."""
     speculation: str | int = "auto"
     """Draft tokens per step: a number, "off", or "auto" for as many as pay."""
     speculative_prefix: int = 0
@@ -65,6 +68,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     """How many of the most likely tokens to report at each position (0: only the chosen one). None: no logprobs."""
+    watch_end: bool = False
+    """Whether logprobs are to say how likely the end was."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +97,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens, best first, as (token id, logprob)."""
+    end: float | None = None
+    """Of an end-of-sequence token in its place, for requests that watch it."""
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):

@@ -137,9 +137,11 @@ class ModelRunner:
             keep(self._model, strand, len(tokens) - 1)
         row = strand.entry.row
         row.token_ids += tokens
-        num_top = row.sampling.logprobs
-        if num_top is not None and tokens:
-            return result._replace(logprobs=token_logprobs(raw[result.first_logit][: len(tokens)], tokens, num_top))
+        sampling = row.sampling
+        if sampling.logprobs is not None and tokens:
+            ends = sampling.eos_token_ids if sampling.watch_end else ()
+            chances = raw[result.first_logit][: len(tokens)]
+            return result._replace(logprobs=token_logprobs(chances, tokens, sampling.logprobs, ends))
         return result
 
     def _verify_sampled(self, strand: Strand, logits: torch.Tensor) -> list[int]:

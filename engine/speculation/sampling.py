@@ -163,13 +163,17 @@ def sample(
     return result
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """Log probabilities under float32 logits [rows, vocab] of the tokens chosen there, with the `num_top` best."""
+def token_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], num_top: int, end_ids: Sequence[int] = ()
+) -> list[TokenLogprob]:
+    """Log probabilities under float32 logits [rows, vocab] of the tokens chosen there, with the `num_top` best, and of
+    `end_ids` together if there are any."""
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device).unsqueeze(-1)).squeeze(-1).tolist()
     best = logprobs.topk(num_top, dim=-1) if num_top else None
+    ends = logprobs[:, list(end_ids)].logsumexp(-1).tolist() if end_ids else [None] * len(token_ids)
     entries = []
     for row, token_id in enumerate(token_ids):
         top = tuple(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)) if best else ()
-        entries.append(TokenLogprob(token_id, chosen[row], top))
+        entries.append(TokenLogprob(token_id, chosen[row], top, ends[row]))
     return entries

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as List
 
 from tailserve.engine.options import MAX_BRANCHES
 from tailserve.engine.residency import Residency
 from tailserve.engine.scheduled import Scheduled
+from tailserve.engine.slo import next_due
 from tailserve.engine.speculation.acceptance import Acceptance
 from tailserve.engine.speculation.drafter import Draft
 from tailserve.engine.speculation.policy import DraftPolicy
@@ -30,12 +31,12 @@ class DraftSelection:
         self,
         work: List[Scheduled],
         drafts: Mapping[int, Draft],
-        spare: int,
+        count_spare: Callable[[], int],
         residency: Residency,
         new_blocks: dict[int, list[int]],
     ) -> None:
         """Adds to a step those of the drafts (by row) that still apply and pay, as far as it takes nothing from anybody:
-        `spare` tokens, and blocks that are free."""
+        `count_spare()` tokens, of which those furthest behind get theirs first, and blocks that are free."""
         rests, self._rests = self._rests, {}
         drafts = rests | {row: draft for row, draft in drafts.items() if draft.token_ids}
         offers = {}
@@ -45,8 +46,8 @@ class DraftSelection:
         if not offers:
             return
         counts = self._choose(offers, sum(entry.samples for entry in work), sum(entry.length for entry in work))
-        branches = MAX_BRANCHES
-        for row, (entry, fitting) in offers.items():
+        branches, spare = MAX_BRANCHES, count_spare()
+        for row, (entry, fitting) in sorted(offers.items(), key=lambda offer: next_due(offer[1][0].seq)):
             # The verifier adds a token of its own behind those that hold.
             may = residency.room(entry.seq) - 1
             room = residency.extend_if_free(entry.seq, min(max(counts[row]), spare, may), new_blocks)

@@ -85,11 +85,14 @@ class LocalCalls:
 
 
 class Edge:
-    def __init__(self, directory: Path, *, ready: bool = True, **config: Any) -> None:
+    def __init__(
+        self, directory: Path, *, ready: bool = True, settings: dict[str, Any] | None = None, **config: Any
+    ) -> None:
+        """`settings`: of the deployment; `config`: of the engine."""
         self.calls = LocalCalls(**config)
         self.router = RouterClient(self.calls, submit_timeout_s=5.0)
         text = TextModel(write_tokenizer(directory))
-        self.service = Service(parse_config({}), text, self.router, MODEL)
+        self.service = Service(parse_config(settings or {}), text, self.router, MODEL)
         if ready:
             self.service.model_info = ModelInfo(
                 vocab_size=256,

@@ -6,7 +6,10 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from tailserve.engine.config import EngineConfig
+from tailserve.engine.cost import count_tokens
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.model.rows import Rows
@@ -103,6 +106,34 @@ class FakeExecutor:
     def _read(self, block_ids: Sequence[int], position: int) -> int:
         block, slot = self._locate(block_ids, position)
         return self._kv[block][slot]
+
+
+class TimedExecutor(FakeExecutor):
+    """A step takes `base` seconds and `per_token` for each of its tokens, on a clock that only moves so."""
+
+    def __init__(self, config: EngineConfig, base: float, per_token: float) -> None:
+        super().__init__(config)
+        self.now = 0.0
+        self._cost = (base, per_token)
+        self._free = 0.0
+        self._ends: deque[tuple[float, float]] = deque()
+
+    def submit(self, batch: Batch) -> None:
+        super().submit(batch)
+        seconds = self._cost[0] + self._cost[1] * count_tokens(batch) if batch.rows else 1e-5
+        self._free = max(self._free, self.now) + seconds
+        self._ends.append((self._free, seconds))
+
+    def poll(self, timeout_s: float | None = None) -> StepResult | None:
+        end, seconds = self._ends[0]
+        if timeout_s is not None and end > self.now + timeout_s:
+            self.now += timeout_s
+            return None
+        self.now = max(self.now, end)
+        self._ends.popleft()
+        result = super().poll()
+        assert result is not None
+        return replace(result, duration_s=seconds)
 
 
 class InlineDrafter:

@@ -1,7 +1,7 @@
 from fakes import NORMAL, InlineDrafter, make_request
 
 from tailserve.engine.cost import StepTimes
-from tailserve.engine.sequence import Sequence
+from tailserve.engine.sequence import Key, Sequence
 from tailserve.engine.speculation.coordinator import DraftCoordinator
 from tailserve.engine.speculation.drafter import DraftResult, DraftWork
 from tailserve.engine.speculation.policy import DraftPolicy
@@ -24,7 +24,7 @@ class Recorder(InlineDrafter):
 
 
 def running(row: int, tokens: list[int]) -> Sequence:
-    seq = Sequence(make_request(tokens), NORMAL, 0.0, 0, max_model_len=64)
+    seq = Sequence(make_request(tokens), NORMAL, 0.0, Key(10, late=False, tag=0.0, number=0), max_model_len=64)
     seq.row, seq.num_computed = row, len(tokens) - 1
     seq.num_scheduled = seq.num_computed
     return seq

@@ -156,7 +156,7 @@ async def test_abort_request(edge: Edge) -> None:
     call = asyncio.create_task(
         edge.client.completions.create(model=MODEL, prompt="ab", max_tokens=120, extra_body={"request_id": "mine"})
     )
-    while "mine" not in edge.service._running:
+    while ("", "mine") not in edge.service._running:
         await asyncio.sleep(0.001)
     assert (await edge.http.post("/abort_request", json={"request_id": "mine"})).status_code == 200
     response = await call

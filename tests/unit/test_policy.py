@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from fakes import Answers, FakeExecutor, InlineDrafter, engine_config, make_request
+from fakes import Answers, InlineDrafter, TimedExecutor, engine_config, make_request
 from msgspec.structs import replace
 
 from tailserve.engine.cost import StepTimes
@@ -119,25 +119,6 @@ def test_a_sequence_that_fares_worse_is_expected_to() -> None:
     assert record.expected < 5
 
 
-class Clocked(FakeExecutor):
-    """Takes as long as its number of tokens says, on a clock that only moves so."""
-
-    def __init__(self, config, base: float, per_token: float) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(config)
-        self.now = 0.0
-        self._cost = (base, per_token)
-
-    def poll(self, timeout_s: float | None = None):  # type: ignore[no-untyped-def]
-        result = super().poll(timeout_s)
-        if result is None:
-            return None
-        batch = next(batch for batch in self.batches if batch.step == result.step)
-        count = sum(batch.lengths) + sum(map(len, batch.drafts.values()))
-        seconds = self._cost[0] + self._cost[1] * count
-        self.now += seconds
-        return replace(result, duration_s=seconds)
-
-
 @pytest.mark.parametrize(("per_token", "pays"), [(0.00001, True), (0.01, False)])
 def test_an_engine_speculates_by_itself_where_it_pays(per_token: float, pays: bool) -> None:
     classes = engine_config().classes
@@ -148,7 +129,7 @@ def test_an_engine_speculates_by_itself_where_it_pays(per_token: float, pays: bo
         max_num_batched_tokens=64,
         step_profile=tuple((size, 0.01 + per_token * size) for size in SIZES),
     )
-    executor = Clocked(config, 0.01, per_token)
+    executor = TimedExecutor(config, 0.01, per_token)
     engine = Engine(config, executor, InlineDrafter(oracle=pays), clock=lambda: executor.now)
     for n in range(3):
         engine.add(make_request([n + 1, n + 2], max_tokens=300))

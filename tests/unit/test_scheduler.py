@@ -289,7 +289,7 @@ def test_the_next_step_is_there_before_the_one_that_runs_has_ended() -> None:
     request = make_request([1, 2, 3], max_tokens=6)
     engine.add(request)
     answers = Answers()
-    answers.take(engine.step() + engine.step())
+    answers.take(engine.step())
     # How long a step takes is known now: the next is not scheduled until that is nearly over.
     late = make_request([4, 5], max_tokens=3)
     for _ in range(2):
@@ -299,7 +299,7 @@ def test_the_next_step_is_there_before_the_one_that_runs_has_ended() -> None:
     engine.add(late)
     clock.now += 0.199
     answers.take(engine.step())
-    assert [len(batch.rows) for batch in executor.batches[2:]] == [1, 2]
+    assert [len(batch.rows) for batch in executor.batches[1:]] == [1, 2]
     while engine.has_work:
         clock.now += 1.0
         answers.take(engine.step())
@@ -342,7 +342,10 @@ def test_a_sequence_that_is_about_to_end_is_not_displaced() -> None:
     normal = make_request([1, 2, 3], max_tokens=3)
     engine.add(normal)
     answers = Answers()
-    answers.take(engine.step() + engine.step())
+    answers.take(engine.step())
+    while len(answers.tokens[normal.id]) < 2:
+        answers.take(engine.step())
+        clock.now += 0.5
     assert engine.step() == []
     urgent = make_request([4, 5], max_tokens=2, slo_class="critical")
     engine.add(urgent)

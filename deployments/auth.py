@@ -1,0 +1,99 @@
+"""Who a request is from, and whether it may enter: API keys, classes, rate and concurrency of tenants."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from tailserve.cluster.tenants import TenantConfig, hash_key
+from tailserve.engine.errors import AuthenticationError, ForbiddenError, QueueFullError
+
+BURST_S = 10.0
+"""How much of its rate a tenant that was quiet may use at once."""
+COME_BACK_S = 1.0
+"""What a tenant with too many requests under way is told."""
+
+
+class Tenant:
+    """One tenant as one ingress sees it: its share of the limits, and what it has used of them."""
+
+    def __init__(self, config: TenantConfig, num_ingresses: int, clock: Callable[[], float]) -> None:
+        self.name = config.name
+        self.classes = config.classes
+        self._hashes = [text.encode() for text in config.api_key_hashes]
+        self._clock = clock
+        self._rate = None if config.requests_per_minute is None else config.requests_per_minute / 60 / num_ingresses
+        self._most = None
+        if config.max_concurrent_requests is not None:
+            self._most = max(config.max_concurrent_requests // num_ingresses, 1)
+        self._burst = max((self._rate or 0.0) * BURST_S, 1.0)
+        self._left, self._as_of = self._burst, clock()
+        self.num_open = 0
+
+    def has(self, key_hash: bytes) -> bool:
+        """Whether a key of this hash is its own. How long that takes tells nothing of how alike they are."""
+        return sum(hmac.compare_digest(key_hash, own) for own in self._hashes) > 0
+
+    def enter(self) -> Callable[[], None]:
+        """Counts a request that begins; call what it returns when it ends. QueueFullError beyond a limit."""
+        if self._most is not None and self.num_open >= self._most:
+            raise QueueFullError(
+                f"{self.num_open} requests of tenant {self.name!r} are under way, as many as it may have at once",
+                retry_after_s=COME_BACK_S,
+                code="concurrency_limit_exceeded",
+            )
+        if self._rate is not None:
+            now = self._clock()
+            self._left = min(self._left + self._rate * (now - self._as_of), self._burst)
+            self._as_of = now
+            if self._left < 1:
+                raise QueueFullError(
+                    f"tenant {self.name!r} may send {60 * self._rate:g} requests a minute here",
+                    retry_after_s=(1 - self._left) / self._rate,
+                    code="rate_limit_exceeded",
+                )
+            self._left -= 1
+        self.num_open += 1
+        return self._leave
+
+    def _leave(self) -> None:
+        self.num_open -= 1
+
+    def choose_class(self, asked: str | None, default: str) -> str:
+        """The class of a request that named `asked`, or none. ForbiddenError for one that the tenant may not use."""
+        if self.classes is None:
+            return asked or default
+        if asked is None:
+            return default if default in self.classes else self.classes[0]
+        if asked not in self.classes:
+            raise ForbiddenError(
+                f"tenant {self.name!r} may not use class {asked!r}, but {', '.join(self.classes)}", param="slo_class"
+            )
+        return asked
+
+
+class Gate:
+    """All tenants. Without any configured everybody is the same nameless one, and needs no key."""
+
+    def __init__(
+        self, tenants: Sequence[TenantConfig], *, num_ingresses: int = 1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._tenants = [Tenant(config, num_ingresses, clock) for config in tenants]
+        nameless = TenantConfig.model_construct(
+            name="", api_key_hashes=(), classes=None, requests_per_minute=None, max_concurrent_requests=None
+        )
+        self._nobody = Tenant(nameless, num_ingresses, clock)
+
+    def identify(self, headers: Mapping[str, str]) -> Tenant:
+        """The tenant whose key a request carries (`Authorization: Bearer KEY`). AuthenticationError if there is none."""
+        if not self._tenants:
+            return self._nobody
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not key.strip():
+            raise AuthenticationError("give an API key: Authorization: Bearer KEY")
+        key_hash = hash_key(key.strip()).encode()
+        found = [tenant for tenant in self._tenants if tenant.has(key_hash)]
+        if not found:
+            raise AuthenticationError("this API key is not known here")
+        return found[0]

@@ -1,0 +1,88 @@
+"""Ends answers that have said what they had to say: heuristics over tokens and text, as they come."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from tailserve.cluster.early_stop import EarlyStopConfig
+from tailserve.deployments.repetition import Repetition
+
+_END = re.compile(r"[.!?。！？][\"'”’)\]*_]*(?=\s)|[。！？]|\n\n")
+"""Behind which a sentence, or a paragraph without one, has ended."""
+_NO_END = re.compile(r"(?:^|[\s(\"'])(?:[A-Za-z]|\d{1,3}|(?i:mr|mrs|ms|dr|prof|st|no|vs|etc|e\.g|i\.e|cf|fig|al|approx))\.$")
+"""What ends with a full stop and is no sentence: initials, numbers of a list, abbreviations."""
+_CLOSING = re.compile(
+    r"\b(?:in (?:summary|conclusion|short)|to (?:summari[sz]e|conclude|sum up)|overall|i hope (?:this|that)|let me know)\b",
+    re.IGNORECASE,
+)
+_FENCE = "```"
+SAID = 0.6
+"""Share of a sentence's runs of three words, heard before, from which on it says nothing new."""
+PATIENCE = 64
+"""Tokens that a near-repeat may take to end its sentence."""
+
+
+class EarlyStop:
+    """One answer's heuristics. Feed it each token and the text it completed; the text to show comes back, and the reason if
+    the answer ends with it: "repetition", "soft_length", "answer_complete" or "closing_repeat"."""
+
+    def __init__(self, config: EarlyStopConfig) -> None:
+        self._config = config
+        self._repetition = Repetition() if config.repetition else None
+        self._text = ""
+        self._sentence = 0
+        """Where the one being written begins."""
+        self._num_tokens = 0
+        self._near_since: int | None = None
+        self._closed = False
+        self._heard: set[tuple[str, ...]] = set()
+
+    def push(self, token_id: int, text: str, end_logprob: float | None = None) -> tuple[str, str | None]:
+        """`end_logprob`: that the model would have ended instead of this token."""
+        self._num_tokens += 1
+        known = len(self._text)
+        self._text += text
+        circles = self._repetition.push(token_id) if self._repetition else None
+        if circles == "exact":
+            return text, "repetition"
+        if circles and self._near_since is None:
+            self._near_since = self._num_tokens
+        if self._near_since is not None and self._num_tokens - self._near_since > PATIENCE:
+            return text, "repetition"
+        for end in self._sentence_ends(known):
+            reason = self._at(end, end_logprob)
+            if reason is not None:
+                return self._text[known:end], reason
+        return text, None
+
+    def _sentence_ends(self, known: int) -> list[int]:
+        """Where sentences ended, as the text behind `known` shows."""
+        # A full stop counts once there is something behind it.
+        ends = [match.end() for match in _END.finditer(self._text, max(known - 8, 0))]
+        return [end for end in ends if end >= known and end > self._sentence and not _NO_END.search(self._text[:end][-16:])]
+
+    def _at(self, end: int, end_logprob: float | None) -> str | None:
+        """The reason to stop where a sentence has just ended, if there is one."""
+        config, sentence = self._config, self._text[self._sentence : end]
+        self._sentence = end
+        repeated = self._says_nothing_new(sentence)
+        if self._text.count(_FENCE, 0, end) % 2:
+            return None
+        if self._near_since is not None:
+            return "repetition"
+        if config.closing and self._closed and repeated:
+            return "closing_repeat"
+        self._closed = self._closed or bool(_CLOSING.search(sentence))
+        if config.soft_max_tokens is not None and self._num_tokens > config.soft_max_tokens:
+            return "soft_length"
+        if config.complete_above is None or end_logprob is None or self._num_tokens <= config.complete_min_tokens:
+            return None
+        return "answer_complete" if math.exp(end_logprob) >= config.complete_above else None
+
+    def _says_nothing_new(self, sentence: str) -> bool:
+        words = re.findall(r"\w+", sentence.lower())
+        runs = set(zip(words, words[1:], words[2:], strict=False))
+        heard = len(runs & self._heard)
+        self._heard |= runs
+        return bool(runs) and heard >= SAID * len(runs)

@@ -1,0 +1,113 @@
+"""Whether a request may enter, and when to come back if not."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import NamedTuple
+
+from tailserve.engine.load import ClassLoad, Load
+from tailserve.engine.types import Request, SloClass
+
+RATE_S = 10.0
+"""How far back the rate goes at which a class's requests leave the queue."""
+GRACE = 0.5
+"""Of the wait that a client was told, and `GRACE_S` at least: for how long its place is kept after that."""
+GRACE_S = 5.0
+EARLY_S = 0.25
+"""How much too early a client may be back."""
+LONGEST_WAIT_S = 600.0
+
+
+class _Place(NamedTuple):
+    due: float
+    until: float
+
+
+class _Line:
+    """One class's queue, as admission sees it."""
+
+    def __init__(self, slo: SloClass) -> None:
+        self.slo = slo
+        self.load = ClassLoad(Counter(), 0, 0.0)
+        self.entered: Counter[str] = Counter()
+        """Tenant to requests in the inbox and in the queue."""
+        self.new = 0
+        """Requests in the inbox."""
+        self.kept: dict[int, _Place] = {}
+        """Hash of a refused request to the place that is kept for it."""
+        self._starts: deque[tuple[float, int]] = deque()
+
+    def note(self, load: ClassLoad, now: float) -> None:
+        self.load = load
+        self.entered = load.queued
+        self.new = 0
+        self._starts.append((now, load.num_started))
+        while self._starts[0][0] < now - RATE_S and len(self._starts) > 1:
+            self._starts.popleft()
+
+    @property
+    def num_queued(self) -> int:
+        """Those in the inbox included."""
+        return self.entered.total()
+
+    def rate(self, now: float) -> float:
+        """Requests a second that left the queue lately; at least one in `RATE_S`."""
+        then, count = self._starts[0] if self._starts else (now, 0)
+        return max(self.load.num_started - count, 1) / max(now - then, 1.0)
+
+
+class Admission:
+    """Decides at the edge of an instance; not thread-safe.
+
+    A class's queue holds `max_queued` requests beyond those that find a slot. With `admission: reject` it holds no more than
+    can have their first token in time. Whoever is refused is told when there will be a place, no two the same one, and the
+    place is kept: a request that comes again is known by its content. No tenant's requests keep another's out while that
+    one has less than its share of the queue.
+    """
+
+    def __init__(self, classes: tuple[SloClass, ...]) -> None:
+        self._lines = {slo.name: _Line(slo) for slo in classes}
+        self._load = Load(0, 0.0, {})
+
+    def note(self, load: Load, now: float) -> None:
+        """The inbox is empty, and this is how things are."""
+        self._load = load
+        for name, line in self._lines.items():
+            line.note(load.classes[name], now)
+
+    def ask(self, request: Request, now: float) -> float | None:
+        """None if the request may enter, and it counts then; else seconds after which there is a place for it."""
+        line = self._lines[request.slo_class]
+        line.kept = {key: place for key, place in line.kept.items() if place.until > now}
+        key = hash((request.tenant, request.prompt_token_ids, request.sampling.max_tokens))
+        place = line.kept.get(key)
+        wait = max(place.due - now - EARLY_S, 0.0) if place else self._wait(line, request, now)
+        if wait > 0:
+            if place is None:
+                wait = min(wait, LONGEST_WAIT_S)
+                line.kept[key] = _Place(now + wait, now + wait + max(GRACE * wait, GRACE_S))
+            return wait
+        line.kept.pop(key, None)
+        line.entered[request.tenant] += 1
+        line.new += 1
+        return None
+
+    def _wait(self, line: _Line, request: Request, now: float) -> float:
+        slo = line.slo
+        others = sum(other.num_queued for other in self._lines.values() if other is not line)
+        places = slo.max_queued + max(self._load.free_slots - others, 0)
+        ahead = line.num_queued + len(line.kept)
+        tenants = len({*line.entered, request.tenant})
+        if ahead >= places and (tenants == 1 or line.entered[request.tenant] >= places // tenants):
+            return (ahead - places + 1) / line.rate(now)
+        if slo.admission == "reject":
+            return self._first_token_s(line, request, now) - slo.ttft_s
+        return 0.0
+
+    def _first_token_s(self, line: _Line, request: Request, now: float) -> float:
+        """Seconds from the request's arrival to its first token: the prompts before it are read, and there is a slot."""
+        urgent = sum(other.num_queued for other in self._lines.values() if other.slo.priority < line.slo.priority)
+        behind = max(line.num_queued + len(line.kept) + urgent - self._load.free_slots + 1, 0)
+        unread = (line.new + len(line.kept) + 1) * len(request.prompt_token_ids)
+        reading = line.load.reading_s + unread * self._load.token_s
+        return request.age_s + max(reading, behind / line.rate(now) if behind else 0.0)

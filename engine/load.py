@@ -1,0 +1,56 @@
+"""How busy an engine is, as admission sees it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tailserve.engine.cost import StepTimes
+from tailserve.engine.scheduler import Scheduler
+from tailserve.engine.types import SloClass
+
+
+class ClassLoad(NamedTuple):
+    """What the engine says of a class, as of its last step."""
+
+    queued: Counter[str]
+    """Tenant to requests that wait for their first slot."""
+    num_started: int
+    """Requests that have had it since the engine began."""
+    reading_s: float
+    """Time to read the prompts, of this class and of more urgent ones, that are not read."""
+
+
+class Load(NamedTuple):
+    """What the engine says of itself, as of its last step."""
+
+    free_slots: int
+    token_s: float
+    """What a token of a prompt takes."""
+    classes: Mapping[str, ClassLoad]
+
+
+def measure_load(scheduler: Scheduler, times: StepTimes) -> Load:
+    """The load as of the last step."""
+    residency, config = scheduler.residency, scheduler.config
+    queued: dict[str, Counter[str]] = {slo.name: Counter() for slo in config.classes}
+    for (name, tenant), count in residency.queued.items():
+        if count:
+            queued[name][tenant] = count
+    many = config.max_num_batched_tokens
+    token_s = (times.predict(many, unsampled=many, excess=0) or 0.0) / many
+    classes = {
+        slo.name: ClassLoad(queued[slo.name], residency.started[slo.name], token_s * _unread(scheduler, slo))
+        for slo in config.classes
+    }
+    return Load(config.max_num_seqs - len(residency.running), token_s, classes)
+
+
+def _unread(scheduler: Scheduler, slo: SloClass) -> int:
+    """Prompt tokens to be read before those of a new request of this class, where somebody asks."""
+    if slo.admission == "wait":
+        return 0
+    lines = (scheduler.residency.running, scheduler.residency.waiting)
+    ahead = [seq for line in lines for seq in line if seq.key.level <= slo.priority]
+    return sum(max(seq.prompt_len - seq.num_computed, 0) for seq in ahead if seq.due_s is None)

@@ -1,0 +1,60 @@
+"""Sequences whose targets are out of reach, and those that have waited for too long."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection
+
+from tailserve.engine import slo
+from tailserve.engine.config import EngineConfig
+from tailserve.engine.cost import StepTimes
+from tailserve.engine.residency import Residency, place_in_line
+from tailserve.engine.sequence import Key, Sequence
+
+SEARCH_S = 0.5
+"""How often somebody who has waited for too long is looked for."""
+
+
+class Overdue:
+    """Changes places in line: whose first token cannot be in time goes behind those whose can (Niyama's relegation), until
+    it has it; and of those for which nothing was done for `max_wait_s`, one at a time goes before everybody, to its end."""
+
+    def __init__(self, config: EngineConfig, times: StepTimes, residency: Residency) -> None:
+        self._config = config
+        self._times = times
+        self._residency = residency
+        self._first = min(slo.priority for slo in config.classes) - 1
+        self._searched_s = float("-inf")
+        self._promoted: Sequence | None = None
+
+    def review(self, sequences: Collection[Sequence], now: float) -> None:
+        """Looks at those that wait, and now and then at all of them."""
+        if not self._config.paced:
+            return
+        self._relegate(now)
+        if now >= self._searched_s + SEARCH_S and sequences and self._promoted not in sequences:
+            self._searched_s = now
+            oldest = min(sequences, key=lambda seq: seq.moved_s)
+            self._promoted = oldest if now - oldest.moved_s > self._config.max_wait_s else None
+            if self._promoted is not None:
+                self._residency.move(oldest, oldest.key._replace(level=self._first, late=False))
+
+    def restore(self, seq: Sequence) -> None:
+        """It has its first token: the next are due like everybody's."""
+        if seq.key.late:
+            self._residency.move(seq, seq.key._replace(late=False))
+
+    def _relegate(self, now: float) -> None:
+        waiting = self._residency.waiting
+        for slo_class in self._config.classes:
+            place = bisect_left(waiting, Key(slo_class.priority, False, float("-inf"), -1), key=place_in_line)
+            while place < len(waiting):
+                seq = waiting[place]
+                if seq.key.level != slo_class.priority or seq.key.late:
+                    break
+                if seq.due_s is not None:
+                    place += 1
+                elif slo.hopeless(seq, now, self._times):
+                    self._residency.move(seq, seq.key._replace(late=True))
+                else:
+                    break

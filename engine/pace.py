@@ -1,0 +1,60 @@
+"""How many sequences of a class may run, so that those that run keep their pace: the dynamic batch size."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence as List
+
+from tailserve.engine.cost import CONTEXT, StepTimes
+from tailserve.engine.sequence import Sequence
+from tailserve.engine.types import SloClass
+
+REVIEW_S = 0.1
+"""How often a class's pace is looked at."""
+NEAR, ROOM = 0.95, 0.85
+"""Of a class's time per output token: where its p99 is above the first its cap falls, where below the other it grows."""
+SHRINK, GROW = 0.93, 1.03
+PROGRESS = 1.25
+"""Times what its most urgent part takes that a step may take at least."""
+LEAST = 0.1
+"""Of what step times alone would allow, where the cap ends."""
+
+
+class Pace:
+    """One class's cap: as many sequences as a step within its time per output token holds, by step times, times a factor
+    that follows what its sequences see. More urgent classes, prompts and a busy machine are in that factor."""
+
+    def __init__(self, slo: SloClass, times: StepTimes, max_num_seqs: int) -> None:
+        self._slo = slo
+        self._times = times
+        self._most = max_num_seqs
+        self._reviewed_s = float("-inf")
+        self.factor = 1.0
+        self.cap = max_num_seqs
+        """Sequences of the class that may run."""
+        self.p99_s = 0.0
+        """Time per token that all but one in a hundred of the running sequences see, as of late; 0 if none generates."""
+
+    def review(self, now: float, running: List[Sequence]) -> None:
+        """Looks at the class's running sequences, if it is time to."""
+        if now < self._reviewed_s + REVIEW_S:
+            return
+        self._reviewed_s = now
+        paces = sorted(seq.pace_s for seq in running if seq.pace_s is not None)
+        self.p99_s = paces[min(int(0.99 * len(paces)), len(paces) - 1)] if paces else 0.0
+        target = self._slo.tpot_s
+        # Those that run stay: with more of them than the cap allows, their pace says nothing of it.
+        if self.p99_s > NEAR * target and len(running) <= self.cap:
+            self.factor = max(SHRINK * self.factor, LEAST)
+        elif self.p99_s < ROOM * target:
+            self.factor = min(GROW * self.factor, 1.0)
+        contexts = sum(seq.num_computed for seq in running) // len(running) if running else CONTEXT
+        # What makes a step hardly longer costs nobody anything, whatever the target.
+        free = PROGRESS * (self._times.predict(1, excess=0) or 0.0)
+        self.cap = max(self._fitting(max(self.factor * target, free), contexts - CONTEXT), 1)
+
+    def _fitting(self, seconds: float, excess: int) -> int:
+        """Sequences of which a step takes so long, each with so much more context than `CONTEXT`."""
+        return bisect_right(
+            range(1, self._most + 1), seconds, key=lambda count: self._times.predict(count, excess=count * excess) or 0.0
+        )

@@ -1,0 +1,126 @@
+"""How long a step may take, and what fits into it."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence as List
+from itertools import accumulate
+
+from tailserve.engine import slo
+from tailserve.engine.config import EngineConfig
+from tailserve.engine.cost import CONTEXT, StepTimes
+from tailserve.engine.pace import PROGRESS, Pace
+from tailserve.engine.sequence import Sequence
+
+SLOW_READING = 16
+"""Tokens of its prompt that a step reads at most of a sequence that goes first only since it had waited for too long."""
+
+
+class StepPlan:
+    """What is in a step so far, and what more fits."""
+
+    def __init__(self, times: StepTimes, limit_s: float, max_tokens: int, max_prompt_tokens: int) -> None:
+        """`max_tokens`, and of these `max_prompt_tokens` of prompts: whatever the time."""
+        self._times = times
+        self.limit_s = limit_s
+        self.tokens_left = max_tokens
+        self.prompt_tokens_left = max_prompt_tokens
+        self._tokens = self._unsampled = self._excess = 0
+
+    @property
+    def empty(self) -> bool:
+        return self._tokens == 0
+
+    @property
+    def seconds(self) -> float:
+        """What the step takes so far."""
+        return self._predict(0, 0, 0) if self._tokens else 0.0
+
+    def add_generating(self, seq: Sequence) -> None:
+        self._tokens += 1
+        self.tokens_left -= 1
+        self._excess += seq.num_scheduled + 1 - CONTEXT
+
+    def add_prompt(self, seq: Sequence, count: int, *, sampled: bool) -> None:
+        self._tokens += count
+        self.tokens_left -= count
+        self.prompt_tokens_left -= count
+        self._unsampled += count - sampled
+        self._excess += seq.num_scheduled + count - CONTEXT
+
+    def count_generating(self, seqs: List[Sequence], limit_s: float) -> int:
+        """How many of them, from the first on, fit into `limit_s`."""
+        most = min(len(seqs), self.tokens_left)
+        if limit_s == math.inf:
+            return most
+        excess = [0, *accumulate(seq.num_scheduled + 1 - CONTEXT for seq in seqs)]
+        return bisect_right(range(1, most + 1), limit_s, key=lambda count: self._predict(count, 0, excess[count]))
+
+    def count_prompt(self, seq: Sequence, wanted: int, limit_s: float) -> int:
+        """How many of a prompt's next tokens fit into `limit_s`."""
+        most = min(wanted, self.tokens_left, self.prompt_tokens_left)
+        if limit_s == math.inf:
+            return max(most, 0)
+        begin = seq.num_scheduled - CONTEXT
+        return bisect_right(range(1, most + 1), limit_s, key=lambda count: self._predict(count, count, begin + count))
+
+    def count_drafts(self) -> int:
+        """Draft tokens that fit."""
+        most = max(self.tokens_left, 0)
+        if self.limit_s == math.inf:
+            return most
+        return bisect_right(range(1, most + 1), self.limit_s, key=lambda count: self._predict(count, 0, 0))
+
+    def _predict(self, tokens: int, unsampled: int, excess: int) -> float:
+        seconds = self._times.predict(
+            self._tokens + tokens, unsampled=self._unsampled + unsampled, excess=self._excess + excess
+        )
+        return seconds or 0.0
+
+
+class Planner:
+    """The rule for a step's time: the least slack among running sequences of guarded classes, no more than whoever may
+    arrive can wait for, and never less than what makes progress."""
+
+    def __init__(self, config: EngineConfig, times: StepTimes) -> None:
+        self._config = config
+        self._times = times
+        self._guarded = slo.guarded_classes(config.classes)
+        self._longest_s = slo.longest_step(config.classes)
+        self.paces = {slo.name: Pace(slo, times, config.max_num_seqs) for slo in config.classes}
+
+    def open(self, running: List[Sequence], now: float, start: float) -> StepPlan:
+        """An empty step that will begin at `start`, for these running sequences."""
+        config = self._config
+        generating = [seq for seq in running if seq.num_pending == 1]
+        prompts = config.max_num_batched_tokens - len(generating)
+        if generating:
+            prompts = min(prompts, max(config.max_mixed_tokens - len(generating), config.max_mixed_tokens // 2))
+        limit = self._limit(running, generating, now, start)
+        return StepPlan(self._times, limit, config.max_num_batched_tokens, prompts)
+
+    def is_guarded(self, seq: Sequence) -> bool:
+        return seq.slo.name in self._guarded
+
+    def cap(self, seq: Sequence) -> int:
+        """How many of its class may run without costing each other their pace."""
+        return self.paces[seq.slo.name].cap if self._config.paced else self._config.max_num_seqs
+
+    def _limit(self, running: List[Sequence], generating: List[Sequence], now: float, start: float) -> float:
+        if not self._config.paced:
+            return math.inf
+        by_class: dict[str, list[Sequence]] = {}
+        for seq in running:
+            by_class.setdefault(seq.slo.name, []).append(seq)
+        limit = self._longest_s
+        for name, seqs in by_class.items():
+            self.paces[name].review(now, seqs)
+        for seq in generating:
+            if self.is_guarded(seq):
+                limit = min(limit, slo.next_due(seq) - start)
+        least = PROGRESS * (self._times.predict(1, excess=0) or 0.0)
+        guarded = [seq.num_scheduled + 1 - CONTEXT for seq in generating if self.is_guarded(seq)]
+        if guarded:
+            least = max(least, self._times.predict(len(guarded), excess=sum(guarded)) or 0.0)
+        return max(limit, least)
