@@ -84,10 +84,11 @@ class Composition:
             known = seq.row is not None
             if not known and not self._may_start(seq):
                 continue
-            if self._planner.is_guarded(seq):
+            urgent = self._planner.is_guarded(seq)
+            if urgent:
                 limit = max(limit, plan.seconds / (1 - share))
             wanted = _wanted(seq) if known else 1
-            if not (plan.count_prompt(seq, wanted, limit) or (plan.empty and plan.prompt_tokens_left)):
+            if not (plan.count_prompt(seq, wanted, limit, urgent=urgent) or (plan.empty and plan.prompt_tokens_left)):
                 return
             if known or self._start(seq, waiting):
                 self._add_chunk(plan, seq, limit)
@@ -104,7 +105,8 @@ class Composition:
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, limit: float) -> None:
         wanted = _wanted(seq)
-        count = max(plan.count_prompt(seq, wanted, limit), min(wanted, plan.empty))
+        urgent = self._planner.is_guarded(seq)
+        count = max(plan.count_prompt(seq, wanted, limit, urgent=urgent), min(wanted, plan.empty))
         if count and self._residency.extend(seq, seq.num_scheduled + count, self._new_blocks):
             assert seq.row is not None
             samples = count == seq.num_pending

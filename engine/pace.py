@@ -24,7 +24,9 @@ class Pace:
     """One class's cap: as many sequences as a step within its time per output token holds, by step times, times a factor
     that follows what its sequences see. More urgent classes, prompts and a busy machine are in that factor."""
 
-    def __init__(self, slo: SloClass, times: StepTimes, max_num_seqs: int) -> None:
+    def __init__(self, slo: SloClass, times: StepTimes, max_num_seqs: int, *, guarded: bool) -> None:
+        """`guarded`: steps are kept short enough for it, whatever else there is to do. Its cap is by step times alone then."""
+        self._guarded = guarded
         self._slo = slo
         self._times = times
         self._most = max_num_seqs
@@ -44,7 +46,7 @@ class Pace:
         self.p99_s = paces[min(int(0.99 * len(paces)), len(paces) - 1)] if paces else 0.0
         target = self._slo.tpot_s
         # Those that run stay: with more of them than the cap allows, their pace says nothing of it.
-        if self.p99_s > NEAR * target and len(running) <= self.cap:
+        if self.p99_s > NEAR * target and len(running) <= self.cap and not self._guarded:
             self.factor = max(SHRINK * self.factor, LEAST)
         elif self.p99_s < ROOM * target:
             self.factor = min(GROW * self.factor, 1.0)

@@ -57,9 +57,9 @@ class StepPlan:
         excess = [0, *accumulate(seq.num_scheduled + 1 - CONTEXT for seq in seqs)]
         return bisect_right(range(1, most + 1), limit_s, key=lambda count: self._predict(count, 0, excess[count]))
 
-    def count_prompt(self, seq: Sequence, wanted: int, limit_s: float) -> int:
-        """How many of a prompt's next tokens fit into `limit_s`."""
-        most = min(wanted, self.tokens_left, self.prompt_tokens_left)
+    def count_prompt(self, seq: Sequence, wanted: int, limit_s: float, *, urgent: bool) -> int:
+        """How many of a prompt's next tokens fit into `limit_s`. For `urgent` ones that is the only limit on prompts."""
+        most = min(wanted, self.tokens_left if urgent else min(self.tokens_left, self.prompt_tokens_left))
         if limit_s == math.inf:
             return max(most, 0)
         begin = seq.num_scheduled - CONTEXT
@@ -88,7 +88,9 @@ class Planner:
         self._times = times
         self._guarded = slo.guarded_classes(config.classes)
         self._longest_s = slo.longest_step(config.classes)
-        self.paces = {slo.name: Pace(slo, times, config.max_num_seqs) for slo in config.classes}
+        self.paces = {
+            slo.name: Pace(slo, times, config.max_num_seqs, guarded=slo.name in self._guarded) for slo in config.classes
+        }
 
     def open(self, running: List[Sequence], now: float, start: float) -> StepPlan:
         """An empty step that will begin at `start`, for these running sequences."""

@@ -14,14 +14,14 @@ from tailserve.engine.sequence import Sequence
 from tailserve.engine.types import SloClass
 
 AIM = 0.85
-"""Of the time per output token that a class allows, what is aimed at: clients see a little more than the engine."""
+"""Of the times that a class allows, what is aimed at: clients see a little more than the engine."""
 BANKED_TOKENS = 2
 """Tokens that a sequence may be ahead of its pace; what it makes beyond them earns it no slack."""
 HEADWAY = 0.25
 """Of the shortest time to first token, what a step may take at most: whoever arrives while it runs waits for its end."""
-READING_SHARE = 0.6
+READING_SHARE = 0.75
 """Of a step, what prompts in a hurry may take at most from sequences that generate."""
-LATE_SHARE = 0.2
+LATE_SHARE = 0.35
 """What those get of it at least whose first token is late anyway."""
 
 
@@ -59,7 +59,7 @@ def hurry(prompts: Iterable[Sequence], now: float, times: StepTimes) -> float:
     work = share = 0.0
     for seq in prompts:
         needed = reading_s(seq, times)
-        left = seq.first_due_s - now
+        left = seq.first_due_s - (1 - AIM) * seq.slo.ttft_s - now
         if seq.key.late or needed > left:
             share = max(share, LATE_SHARE)
             continue

@@ -174,15 +174,28 @@ async def closed_loop(client: Client, workload: Workload, *, concurrency: int, r
 
 
 async def open_loop(
-    client: Client, workloads: Sequence[Workload], *, rate: float, duration_s: float, seed: int
+    client: Client, workloads: Sequence[Workload], *, rate: float, duration_s: float, seed: int, drain_s: float | None = None
 ) -> list[Sample]:
-    """Poisson arrivals at `rate` requests a second, whether or not the server keeps up. Waits for every answer."""
+    """Poisson arrivals at `rate` requests a second, whether or not the server keeps up.
+
+    Waits for every answer, or for `drain_s` seconds after the last arrival: what has not ended by then is given up, and has
+    failed.
+    """
     chance = random.Random(seed)
-    tasks = []
+    tasks: dict[asyncio.Task[Sample], tuple[Workload, float]] = {}
     begin, due = time.perf_counter(), 0.0
     while (due := due + chance.expovariate(rate)) < duration_s:
         workload = chance.choices(workloads, [w.share for w in workloads])[0]
         body = workload.request(chance)
         await asyncio.sleep(max(0.0, begin + due - time.perf_counter()))
-        tasks.append(asyncio.create_task(client.stream(body, workload=workload.name, headers=workload.headers)))
-    return list(await asyncio.gather(*tasks))
+        task = asyncio.create_task(client.stream(body, workload=workload.name, headers=workload.headers))
+        tasks[task] = workload, time.perf_counter()
+    _, late = await asyncio.wait(tasks, timeout=drain_s) if tasks else (set(), set())
+    for task in late:
+        task.cancel()
+    await asyncio.wait(late) if late else None
+    given_up = f"no end within {drain_s} s of the last arrival"
+    return [
+        Sample(workload.name, sent, error=given_up) if task in late else task.result()
+        for task, (workload, sent) in tasks.items()
+    ]
