@@ -25,7 +25,7 @@ class Pace:
     that follows what its sequences see. More urgent classes, prompts and a busy machine are in that factor."""
 
     def __init__(self, slo: SloClass, times: StepTimes, max_num_seqs: int, *, guarded: bool) -> None:
-        """`guarded`: steps are kept short enough for it, whatever else there is to do. Its cap is by step times alone then."""
+        """`guarded`: steps are kept short enough for it, whatever there is to do. Its cap goes by step times alone then."""
         self._guarded = guarded
         self._slo = slo
         self._times = times
