@@ -57,6 +57,13 @@ class SloClassConfig(_Strict):
         "say how many. 0: none",
     )
 
+    @model_validator(mode="after")
+    def _check_early_stop(self) -> SloClassConfig:
+        if self.speculative_prefix and self.early_stop.complete_above is not None:
+            raise ValueError("speculative_prefix and early_stop.complete_above exclude each other: a draft does not say how "
+                             "likely the end was; leave one of them out")  # fmt: skip
+        return self
+
     def to_engine(self, speculation: Speculation) -> SloClass:
         """`speculation`: of the deployment."""
         return SloClass(
@@ -106,7 +113,9 @@ class TailserveConfig(_Strict):
         " fcfs: who came first",
     )
     max_wait_s: float = Field(
-        default=60.0, gt=0, description="a request for which nothing was done for so long goes before all others"
+        default=60.0,
+        gt=0,
+        description="with slack: whoever waits for so long goes first, one at a time",
     )
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="sequences that run at once")
     max_num_batched_tokens: int = Field(default=512, ge=1, description="tokens of one step")

@@ -21,5 +21,5 @@ class EarlyStopConfig(BaseModel):
     closing: bool = Field(default=False, description="what was said already, behind a closing phrase (`In summary, ...`)")
 
     @property
-    def any(self) -> bool:
+    def enabled(self) -> bool:
         return self.repetition or self.closing or self.soft_max_tokens is not None or self.complete_above is not None

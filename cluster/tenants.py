@@ -7,7 +7,7 @@ import secrets
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-PREFIX = "sk-"
+KEY_PREFIX = "sk-"
 
 
 class TenantConfig(BaseModel):
@@ -18,7 +18,10 @@ class TenantConfig(BaseModel):
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")
     api_key_hashes: tuple[str, ...] = Field(min_length=1, description="of its keys, as `tailserve key` prints them")
     classes: tuple[str, ...] | None = Field(
-        default=None, min_length=1, description="SLO classes it may use, its own default first; default: all"
+        default=None,
+        min_length=1,
+        description="SLO classes it may use; where a request names none it gets the deployment's default if that is among "
+        "them, else the first. Default: all",
     )
     requests_per_minute: float | None = Field(default=None, gt=0, description="default: no limit")
     max_concurrent_requests: int | None = Field(default=None, ge=1, description="default: no limit")
@@ -39,4 +42,4 @@ def hash_key(key: str) -> str:
 
 def new_key() -> str:
     """A random API key of 256 bits."""
-    return PREFIX + secrets.token_urlsafe(32)
+    return KEY_PREFIX + secrets.token_urlsafe(32)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from tailserve.cluster.tenants import TenantConfig, hash_key
-from tailserve.engine.errors import AuthenticationError, ForbiddenError, QueueFullError
+from tailserve.engine.errors import AuthenticationError, ForbiddenError, InvalidRequestError, QueueFullError
 
 BURST_S = 10.0
 """How much of its rate a tenant that was quiet may use at once."""
@@ -35,9 +35,15 @@ class Tenant:
         """Whether a key of this hash is its own. How long that takes tells nothing of how alike they are."""
         return sum(hmac.compare_digest(key_hash, own) for own in self._hashes) > 0
 
-    def enter(self) -> Callable[[], None]:
-        """Counts a request that begins; call what it returns when it ends. QueueFullError beyond a limit."""
-        if self._most is not None and self.num_open >= self._most:
+    def enter(self, count: int = 1) -> Callable[[], None]:
+        """Counts a request for `count` answers that begins; call what it returns when it ends.
+
+        QueueFullError beyond a limit, InvalidRequestError for more than can ever be.
+        """
+        most = min(self._most or count, self._burst if self._rate is not None else count)
+        if count > most:
+            raise InvalidRequestError(f"tenant {self.name!r} may have {int(most)} answers at once, not {count}", param="n")
+        if self._most is not None and self.num_open + count > self._most:
             raise QueueFullError(
                 f"{self.num_open} requests of tenant {self.name!r} are under way, as many as it may have at once",
                 retry_after_s=COME_BACK_S,
@@ -47,18 +53,18 @@ class Tenant:
             now = self._clock()
             self._left = min(self._left + self._rate * (now - self._as_of), self._burst)
             self._as_of = now
-            if self._left < 1:
+            if self._left < count:
                 raise QueueFullError(
                     f"tenant {self.name!r} may send {60 * self._rate:g} requests a minute here",
-                    retry_after_s=(1 - self._left) / self._rate,
+                    retry_after_s=(count - self._left) / self._rate,
                     code="rate_limit_exceeded",
                 )
-            self._left -= 1
-        self.num_open += 1
-        return self._leave
+            self._left -= count
+        self.num_open += count
+        return lambda: self._leave(count)
 
-    def _leave(self) -> None:
-        self.num_open -= 1
+    def _leave(self, count: int) -> None:
+        self.num_open -= count
 
     def choose_class(self, asked: str | None, default: str) -> str:
         """The class of a request that named `asked`, or none. ForbiddenError for one that the tenant may not use."""
@@ -80,10 +86,7 @@ class Gate:
         self, tenants: Sequence[TenantConfig], *, num_ingresses: int = 1, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._tenants = [Tenant(config, num_ingresses, clock) for config in tenants]
-        nameless = TenantConfig.model_construct(
-            name="", api_key_hashes=(), classes=None, requests_per_minute=None, max_concurrent_requests=None
-        )
-        self._nobody = Tenant(nameless, num_ingresses, clock)
+        self._nobody = Tenant(TenantConfig.model_construct(name="", api_key_hashes=()), num_ingresses, clock)
 
     def identify(self, headers: Mapping[str, str]) -> Tenant:
         """The tenant whose key a request carries (`Authorization: Bearer KEY`). AuthenticationError if there is none."""

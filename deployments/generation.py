@@ -49,9 +49,10 @@ class Choice:
         self.usage = chunk.usage
         # A stop token is not part of the answer.
         shown = chunk.token_ids[:-1] if chunk.finish_reason is FinishReason.STOP else chunk.token_ids
-        text, early = self._read(shown, chunk, final=final)
+        text, early, num_read = self._read(shown, chunk, final=final)
         text, stop = self.stops.push(text, final=final or early is not None)
-        logprobs = (chunk.logprobs or ())[: len(shown)] if self.show_logprobs else ()
+        self.num_tokens -= len(shown) - num_read
+        logprobs = (chunk.logprobs or ())[:num_read] if self.show_logprobs else ()
         stop = stop if stop is not None else early
         if stop is not None:
             self.finished = True
@@ -61,19 +62,20 @@ class Choice:
             return None
         return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason, alone)
 
-    def _read(self, shown: Sequence[int], chunk: TokenChunk, *, final: bool) -> tuple[str, str | None]:
-        """The text of a chunk's tokens, and why it ends before them all, if it does."""
+    def _read(self, shown: Sequence[int], chunk: TokenChunk, *, final: bool) -> tuple[str, str | None, int]:
+        """The text of a chunk's tokens, why it ends before them all, if it does, and how many it is of."""
         if self.early is None:
-            return self.detokenizer.push(shown, final=final), None
+            return self.detokenizer.push(shown, final=final), None, len(shown)
         text = ""
+        before = self.num_tokens - len(chunk.token_ids)
         for place, token_id in enumerate(shown):
             piece = self.detokenizer.push([token_id], final=final and place == len(shown) - 1)
             end = chunk.logprobs[place].end if chunk.logprobs else None
             piece, reason = self.early.push(token_id, piece, end)
             text += piece
-            if reason is not None:
-                return text, reason
-        return text + (self.detokenizer.push([], final=True) if final else ""), None
+            if reason is not None and before + place + 1 >= self.request.sampling.min_tokens:
+                return text, reason, place + 1
+        return text + (self.detokenizer.push([], final=True) if final else ""), None, len(shown)
 
 
 class Generation:

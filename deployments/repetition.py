@@ -9,6 +9,7 @@ LONGEST_CYCLE = 128
 LEAST_REPEATED = 32
 """Tokens that have said nothing new, before a cycle counts as one; and no fewer than twice its length."""
 GRAM = 4
+"""Tokens of the runs by which is known what was said before."""
 WINDOW = 160
 """Tokens of which is asked how much of them was said before."""
 NEAR = 0.92

@@ -53,7 +53,7 @@ class Service:
         self, body: ChatBody | CompletionBody, headers: Mapping[str, str], tenant: Tenant
     ) -> tuple[ResponseFormat, Generation]:
         """Places a request's sequences. Every way to refuse it raises before the first byte of an answer is sent."""
-        leave = tenant.enter()
+        leave = tenant.enter(body.n * (len(body.prompts()) if isinstance(body, CompletionBody) else 1))
         try:
             request_id, generation = await self._prepare(body, headers, tenant)
         except BaseException:
@@ -176,6 +176,7 @@ class Service:
         default = self._config.default_class
         if body.service_tier is not None:
             name = self._config.service_tiers.get(body.service_tier, default)
+            # Where these mean the default they name no class: a tenant's own may be taken.
             return None if name == default and body.service_tier in ("auto", "default") else name
         if body.priority is not None and body.priority < 0:
             return self._config.urgent_class
@@ -219,7 +220,7 @@ class Service:
 
     def _early_stop(self, body: GenerationBody, slo_class: str) -> EarlyStopConfig | None:
         config = self._early_stops[slo_class]
-        return config if config.any and body.early_stop and not body.ignore_eos else None
+        return config if config.enabled and body.early_stop and not body.ignore_eos else None
 
     def _track(self, tenant: Tenant, request_id: str, generation: Generation, leave: Callable[[], None]) -> None:
         name = (tenant.name, request_id)

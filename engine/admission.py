@@ -15,10 +15,14 @@ GRACE = 0.5
 GRACE_S = 5.0
 EARLY_S = 0.25
 """How much too early a client may be back."""
+SWEEP_S = 1.0
 LONGEST_WAIT_S = 600.0
+MOST_KEPT = 4096
+"""Places of a class; who is refused beyond them is told a time, and must take a chance."""
 
 
 class _Place(NamedTuple):
+    tenant: str
     due: float
     until: float
 
@@ -28,13 +32,14 @@ class _Line:
 
     def __init__(self, slo: SloClass) -> None:
         self.slo = slo
-        self.load = ClassLoad(Counter(), 0, 0.0)
+        self.load = ClassLoad(0, Counter(), 0, 0.0)
         self.entered: Counter[str] = Counter()
         """Tenant to requests in the inbox and in the queue."""
         self.new = 0
         """Requests in the inbox."""
         self.kept: dict[int, _Place] = {}
         """Hash of a refused request to the place that is kept for it."""
+        self._swept_s = float("-inf")
         self._starts: deque[tuple[float, int]] = deque()
 
     def note(self, load: ClassLoad, now: float) -> None:
@@ -49,6 +54,17 @@ class _Line:
     def num_queued(self) -> int:
         """Those in the inbox included."""
         return self.entered.total()
+
+    def forget(self, now: float) -> None:
+        """Gives up the places of those that did not come."""
+        if now >= self._swept_s + SWEEP_S:
+            self._swept_s = now
+            self.kept = {key: place for key, place in self.kept.items() if place.until > now}
+
+    def num_due(self, now: float) -> int:
+        """Places for which somebody is to come before a request that enters now has left the queue."""
+        horizon = now + (self.num_queued / self.rate(now) if self.num_queued else 0.0)
+        return sum(now < place.until and place.due <= horizon for place in self.kept.values())
 
     def rate(self, now: float) -> float:
         """Requests a second that left the queue lately; at least one in `RATE_S`."""
@@ -67,7 +83,7 @@ class Admission:
 
     def __init__(self, classes: tuple[SloClass, ...]) -> None:
         self._lines = {slo.name: _Line(slo) for slo in classes}
-        self._load = Load(0, 0.0, {})
+        self._load = Load(0.0, {})
 
     def note(self, load: Load, now: float) -> None:
         """The inbox is empty, and this is how things are."""
@@ -78,14 +94,14 @@ class Admission:
     def ask(self, request: Request, now: float) -> float | None:
         """None if the request may enter, and it counts then; else seconds after which there is a place for it."""
         line = self._lines[request.slo_class]
-        line.kept = {key: place for key, place in line.kept.items() if place.until > now}
+        line.forget(now)
         key = hash((request.tenant, request.prompt_token_ids, request.sampling.max_tokens))
         place = line.kept.get(key)
         wait = max(place.due - now - EARLY_S, 0.0) if place else self._wait(line, request, now)
         if wait > 0:
-            if place is None:
+            if place is None and len(line.kept) < MOST_KEPT:
                 wait = min(wait, LONGEST_WAIT_S)
-                line.kept[key] = _Place(now + wait, now + wait + max(GRACE * wait, GRACE_S))
+                line.kept[key] = _Place(request.tenant, now + wait, now + wait + max(GRACE * wait, GRACE_S))
             return wait
         line.kept.pop(key, None)
         line.entered[request.tenant] += 1
@@ -94,20 +110,25 @@ class Admission:
 
     def _wait(self, line: _Line, request: Request, now: float) -> float:
         slo = line.slo
-        others = sum(other.num_queued for other in self._lines.values() if other is not line)
-        places = slo.max_queued + max(self._load.free_slots - others, 0)
-        ahead = line.num_queued + len(line.kept)
-        tenants = len({*line.entered, request.tenant})
-        if ahead >= places and (tenants == 1 or line.entered[request.tenant] >= places // tenants):
-            return (ahead - places + 1) / line.rate(now)
+        places = slo.max_queued + max(line.load.free_slots - self._num_before(line), 0)
+        ahead = line.num_queued + line.num_due(now)
+        tenants = {*line.entered, *(place.tenant for place in line.kept.values()), request.tenant}
+        share = places // len(tenants)
+        if ahead >= places and (len(tenants) == 1 or line.entered[request.tenant] >= share):
+            return (line.num_queued + len(line.kept) - places + 1) / line.rate(now)
         if slo.admission == "reject":
             return self._first_token_s(line, request, now) - slo.ttft_s
         return 0.0
 
+    def _num_before(self, line: _Line) -> int:
+        """Requests of other classes that get their slots first."""
+        others = (other for other in self._lines.values() if other is not line)
+        return sum(other.num_queued for other in others if other.slo.priority <= line.slo.priority)
+
     def _first_token_s(self, line: _Line, request: Request, now: float) -> float:
         """Seconds from the request's arrival to its first token: the prompts before it are read, and there is a slot."""
-        urgent = sum(other.num_queued for other in self._lines.values() if other.slo.priority < line.slo.priority)
-        behind = max(line.num_queued + len(line.kept) + urgent - self._load.free_slots + 1, 0)
-        unread = (line.new + len(line.kept) + 1) * len(request.prompt_token_ids)
+        due = line.num_due(now)
+        behind = max(line.num_queued + due + self._num_before(line) - line.load.free_slots + 1, 0)
+        unread = (line.new + due + 1) * len(request.prompt_token_ids)
         reading = line.load.reading_s + unread * self._load.token_s
         return request.age_s + max(reading, behind / line.rate(now) if behind else 0.0)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence as List
 from heapq import merge
 
 from tailserve.engine import slo
 from tailserve.engine.cost import StepTimes
-from tailserve.engine.planner import SLOW_READING, Planner, StepPlan
-from tailserve.engine.residency import Residency, place_in_line
+from tailserve.engine.planner import Planner, StepPlan
+from tailserve.engine.residency import Residency, begin_of_level, place_in_line
 from tailserve.engine.scheduled import Scheduled
-from tailserve.engine.sequence import Key, Sequence
+from tailserve.engine.sequence import Sequence
 
+SLOW_READING = 16
+"""Tokens of its prompt that a step reads at most of a sequence that goes first only since it had waited for too long."""
 FORESEEN_PROMPTS = 8
 """Waiting prompts of a class whose hurry a step considers."""
 
@@ -24,6 +25,8 @@ class Composition:
 
     def __init__(self, planner: Planner, residency: Residency, times: StepTimes) -> None:
         self._most = residency.config.max_num_seqs
+        self._paced = residency.config.paced
+        self._most_urgent = min(some.priority for some in residency.config.classes)
         self._planner = planner
         self._residency = residency
         self._times = times
@@ -37,15 +40,18 @@ class Composition:
         self._admitting = True
         self._num_running = Counter(seq.slo.name for seq in residency.running)
         held_back: list[Sequence] = []
-        for level in _levels(residency.running, residency.waiting):
+        levels = _levels(residency.running, residency.waiting)
+        # One that had waited for too long comes before the first of the classes.
+        first = next((level for level in levels if level >= self._most_urgent), None)
+        for level in levels:
             running = _of_level(residency.running, level)
             prompts = [seq for seq in running if seq.num_pending > 1 or seq.awaits_prefix]
             generating = [seq for seq in running if seq.num_pending == 1 and not seq.awaits_prefix]
             # Those that lose their place in this step shall not find it again in the same.
             waiting = _of_level(residency.waiting, level)[: self._most] if self._admitting else []
-            fresh = (seq for seq in (*prompts, *waiting[:FORESEEN_PROMPTS]) if seq.due_s is None)
-            share = slo.hurry(fresh, now, self._times)
-            held_back += self._generate(plan, generating, share)
+            fresh = (*prompts, *waiting[:FORESEEN_PROMPTS])
+            share = slo.hurry(fresh, now, self._times) if self._paced else 0.0
+            held_back += self._generate(plan, generating, share, sure=level == first)
             self._read(plan, prompts, waiting, share)
         # What prompts left.
         self._take(plan, held_back[: plan.count_generating(held_back, plan.limit_s)])
@@ -54,11 +60,12 @@ class Composition:
         rows = {entry.row for entry in work}
         return work, {row: blocks for row, blocks in self._new_blocks.items() if row in rows}, plan
 
-    def _generate(self, plan: StepPlan, seqs: list[Sequence], share: float) -> list[Sequence]:
-        """Adds sequences that generate, as far as there is time; returns those for which there is none."""
+    def _generate(self, plan: StepPlan, seqs: list[Sequence], share: float, *, sure: bool) -> list[Sequence]:
+        """Adds sequences that generate, as far as there is time; returns those for which there is none. For guarded ones
+        that are `sure` of it there is."""
         if not seqs:
             return []
-        if self._planner.is_guarded(seqs[0]):
+        if sure and self._planner.is_guarded(seqs[0]):
             fitting = min(len(seqs), plan.tokens_left)
         else:
             limit = plan.limit_s - share * max(plan.limit_s - plan.seconds, 0.0) if share else plan.limit_s
@@ -74,27 +81,38 @@ class Composition:
         # In line, so that whoever yields a block to another is behind it.
         for seq in sorted(seqs, key=place_in_line):
             if seq.row is not None and self._residency.extend(seq, seq.num_scheduled + 1, self._new_blocks):
-                self._work.append(Scheduled(seq, seq.row, seq.num_scheduled, 1, True, [], []))
+                self._work.append(Scheduled(seq, seq.row, seq.num_scheduled, 1, samples=True, drafts=[], proposed=[]))
                 plan.add_generating(seq)
 
     def _read(self, plan: StepPlan, running: List[Sequence], waiting: List[Sequence], share: float) -> None:
         """Adds chunks of prompts, in line; those that wait begin where there is a place for them."""
-        limit = plan.limit_s
+        # Levels are all guarded or all not.
+        urgent_s = max(plan.limit_s, plan.seconds / (1 - share))
         for seq in merge(running, waiting, key=place_in_line):
             known = seq.row is not None
             if not known and not self._may_start(seq):
                 continue
-            urgent = self._planner.is_guarded(seq)
-            if urgent:
-                limit = max(limit, plan.seconds / (1 - share))
-            wanted = _wanted(seq) if known else 1
+            urgent = self._is_urgent(seq)
+            limit = urgent_s if urgent else plan.limit_s
+            wanted = self._wanted(seq) if known else 1
             if not (plan.count_prompt(seq, wanted, limit, urgent=urgent) or (plan.empty and plan.prompt_tokens_left)):
                 return
             if known or self._start(seq, waiting):
                 self._add_chunk(plan, seq, limit)
 
     def _may_start(self, seq: Sequence) -> bool:
-        return self._admitting and self._num_running[seq.slo.name] < self._planner.cap(seq)
+        return self._admitting and (seq.promoted or self._num_running[seq.slo.name] < self._planner.cap(seq))
+
+    def _is_urgent(self, seq: Sequence) -> bool:
+        return self._paced and self._planner.is_guarded(seq)
+
+    def _wanted(self, seq: Sequence) -> int:
+        """Tokens of its prompt that a step may read of a running sequence."""
+        wanted = seq.num_pending - seq.awaits_prefix
+        if wanted == 0:
+            # The last one: nobody waits for a draft that has not come by now.
+            seq.awaits_prefix, wanted = False, 1
+        return min(wanted, SLOW_READING) if seq.promoted else wanted
 
     def _start(self, seq: Sequence, waiting: List[Sequence]) -> bool:
         # Not one that has lost its place in this very step.
@@ -104,39 +122,26 @@ class Composition:
         return seq.row is not None
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, limit: float) -> None:
-        wanted = _wanted(seq)
-        urgent = self._planner.is_guarded(seq)
+        wanted = self._wanted(seq)
+        urgent = self._is_urgent(seq)
         count = max(plan.count_prompt(seq, wanted, limit, urgent=urgent), min(wanted, plan.empty))
         if count and self._residency.extend(seq, seq.num_scheduled + count, self._new_blocks):
             assert seq.row is not None
             samples = count == seq.num_pending
-            self._work.append(Scheduled(seq, seq.row, seq.num_scheduled, count, samples, [], []))
+            self._work.append(Scheduled(seq, seq.row, seq.num_scheduled, count, samples, drafts=[], proposed=[]))
             plan.add_prompt(seq, count, sampled=samples)
 
 
-def _wanted(seq: Sequence) -> int:
-    """Tokens of its prompt that a step may read of a running sequence."""
-    wanted = seq.num_pending - seq.awaits_prefix
-    if wanted == 0:
-        # The last one: nobody waits for a draft that has not come by now.
-        seq.awaits_prefix, wanted = False, 1
-    return min(wanted, SLOW_READING) if seq.key.level < seq.slo.priority else wanted
-
-
-def _levels(*lines: List[Sequence]) -> list[int]:
+def _levels(*lines: list[Sequence]) -> list[int]:
     """The levels of all lines, most urgent first."""
     found = set()
     for line in lines:
         index = 0
         while index < len(line):
             found.add(level := line[index].key.level)
-            index = _end_of_level(line, level)
+            index = begin_of_level(line, level + 1)
     return sorted(found)
 
 
-def _of_level(line: List[Sequence], level: int) -> List[Sequence]:
-    return line[_end_of_level(line, level - 1) : _end_of_level(line, level)]
-
-
-def _end_of_level(line: List[Sequence], level: int) -> int:
-    return bisect_left(line, Key(level + 1, False, float("-inf"), -1), key=place_in_line)
+def _of_level(line: list[Sequence], level: int) -> list[Sequence]:
+    return line[begin_of_level(line, level) : begin_of_level(line, level + 1)]

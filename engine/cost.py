@@ -24,8 +24,8 @@ REMEMBERED = 512
 
 
 class StepTimes:
-    """Seconds of a step: a piecewise linear function of its tokens, which grows with them, less so much for each token whose
-    logits nobody wants, and so much for each token of context beyond `CONTEXT` a sequence.
+    """Seconds of a step: a piecewise linear, growing function of its tokens; minus a constant for each token whose logits
+    nobody wants; plus a constant for each token of context beyond `CONTEXT` a sequence.
 
     A Kalman filter over these numbers (Kalman, 1960): what is measured moves what it depends on, by how uncertain it is.
     """
@@ -71,11 +71,14 @@ class StepTimes:
         weights[-2:] = -unsampled, excess
         heights = self._state[:-2]
         self._doubt[:-2, :-2] += DRIFT_ALL**2 * np.outer(heights, heights)
-        self._doubt[np.diag_indices(len(heights))] += (DRIFT_EACH * heights) ** 2
+        self._doubt[np.diag_indices(len(self._state))] += np.append((DRIFT_EACH * heights) ** 2, self._drift)
         reach = self._doubt @ weights
         gain = reach / (weights @ reach + (NOISE * expected) ** 2)
         self._state += gain * (min(seconds, WORST * expected) - weights @ self._state)
         self._doubt -= np.outer(gain, reach)
+        # What was found of one size holds for smaller and larger ones.
+        np.minimum(heights[:low], heights[low], out=heights[:low])
+        np.maximum(heights[low + 2 :], heights[low + 1], out=heights[low + 2 :])
         self._settle()
 
     def errors(self) -> tuple[float, float]:
@@ -92,6 +95,7 @@ class StepTimes:
         # Logits are a good part of a token's time at most; and a context of some thousands doubles a step's.
         own = np.append(doubt * times, [0.3 * slope, 2e-4 * times[0]])
         self._doubt[np.diag_indices(len(own))] += own**2
+        self._drift = (DRIFT_EACH * own[-2:]) ** 2
         self._known = True
         self._settle()
 

@@ -39,7 +39,7 @@ class _UnderWay(NamedTuple):
     num_tokens: int
     unsampled: int
     excess: int
-    """See `StepTimes.predict`, also of `num_tokens`."""
+    """`unsampled` and `excess`: see `StepTimes.predict`."""
     num_sequences: int
     only_generates: bool
     drafted: bool

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tailserve.engine.cost import StepTimes
+from tailserve.engine.residency import begin_of_level
 from tailserve.engine.scheduler import Scheduler
 from tailserve.engine.types import SloClass
 
@@ -14,20 +15,23 @@ from tailserve.engine.types import SloClass
 class ClassLoad(NamedTuple):
     """What the engine says of a class, as of its last step."""
 
+    free_slots: int
+    """Slots that it finds: free ones, and those that less urgent classes give up."""
+
     queued: Counter[str]
     """Tenant to requests that wait for their first slot."""
     num_started: int
     """Requests that have had it since the engine began."""
     reading_s: float
-    """Time to read the prompts, of this class and of more urgent ones, that are not read."""
+    """Time to read the prompts, of this class and of more urgent ones, that are not read; 0 for classes with `admission:
+    wait`, which do not ask."""
 
 
 class Load(NamedTuple):
     """What the engine says of itself, as of its last step."""
 
-    free_slots: int
     token_s: float
-    """What a token of a prompt takes."""
+    """Seconds to read a token of a prompt."""
     classes: Mapping[str, ClassLoad]
 
 
@@ -41,10 +45,21 @@ def measure_load(scheduler: Scheduler, times: StepTimes) -> Load:
     many = config.max_num_batched_tokens
     token_s = (times.predict(many, unsampled=many, excess=0) or 0.0) / many
     classes = {
-        slo.name: ClassLoad(queued[slo.name], residency.started[slo.name], token_s * _unread(scheduler, slo))
+        slo.name: ClassLoad(
+            config.max_num_seqs - _num_ahead(scheduler, slo),
+            queued[slo.name],
+            residency.started[slo.name],
+            token_s * _unread(scheduler, slo),
+        )
         for slo in config.classes
     }
-    return Load(config.max_num_seqs - len(residency.running), token_s, classes)
+    return Load(token_s, classes)
+
+
+def _num_ahead(scheduler: Scheduler, slo: SloClass) -> int:
+    """Running sequences that yield no slot to this class."""
+    running = scheduler.residency.running
+    return begin_of_level(running, slo.priority + 1) if scheduler.config.paced else len(running)
 
 
 def _unread(scheduler: Scheduler, slo: SloClass) -> int:

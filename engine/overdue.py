@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Collection
 
 from tailserve.engine import slo
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import StepTimes
-from tailserve.engine.residency import Residency, place_in_line
-from tailserve.engine.sequence import Key, Sequence
+from tailserve.engine.residency import Residency, begin_of_level
+from tailserve.engine.sequence import Sequence
 
 SEARCH_S = 0.5
 """How often somebody who has waited for too long is looked for."""
 
 
 class Overdue:
-    """Changes places in line: whose first token cannot be in time goes behind those whose can (Niyama's relegation), until
-    it has it; and of those for which nothing was done for `max_wait_s`, one at a time goes before everybody, to its end."""
+    """Changes places in line. Whose first token cannot be in time goes behind those whose can, until it has it (Niyama's
+    relegation). Of those for which nothing was done for `max_wait_s`, the oldest goes before everybody until it ends; then
+    the next."""
 
     def __init__(self, config: EngineConfig, times: StepTimes, residency: Residency) -> None:
         self._config = config
         self._times = times
         self._residency = residency
-        self._first = min(slo.priority for slo in config.classes) - 1
+        self._first = min(some.priority for some in config.classes) - 1
         self._searched_s = float("-inf")
         self._promoted: Sequence | None = None
 
@@ -37,6 +37,7 @@ class Overdue:
             oldest = min(sequences, key=lambda seq: seq.moved_s)
             self._promoted = oldest if now - oldest.moved_s > self._config.max_wait_s else None
             if self._promoted is not None:
+                oldest.promoted = True
                 self._residency.move(oldest, oldest.key._replace(level=self._first, late=False))
 
     def restore(self, seq: Sequence) -> None:
@@ -47,7 +48,7 @@ class Overdue:
     def _relegate(self, now: float) -> None:
         waiting = self._residency.waiting
         for slo_class in self._config.classes:
-            place = bisect_left(waiting, Key(slo_class.priority, False, float("-inf"), -1), key=place_in_line)
+            place = begin_of_level(waiting, slo_class.priority)
             while place < len(waiting):
                 seq = waiting[place]
                 if seq.key.level != slo_class.priority or seq.key.late:

@@ -15,7 +15,7 @@ NEAR, ROOM = 0.95, 0.85
 """Of a class's time per output token: where its p99 is above the first its cap falls, where below the other it grows."""
 SHRINK, GROW = 0.93, 1.03
 PROGRESS = 1.25
-"""Times what its most urgent part takes that a step may take at least."""
+"""A step's limit is never below this many times what a step of one token takes."""
 LEAST = 0.1
 """Of what step times alone would allow, where the cap ends."""
 

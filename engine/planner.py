@@ -13,9 +13,6 @@ from tailserve.engine.cost import CONTEXT, StepTimes
 from tailserve.engine.pace import PROGRESS, Pace
 from tailserve.engine.sequence import Sequence
 
-SLOW_READING = 16
-"""Tokens of its prompt that a step reads at most of a sequence that goes first only since it had waited for too long."""
-
 
 class StepPlan:
     """What is in a step so far, and what more fits."""
@@ -89,7 +86,7 @@ class Planner:
         self._guarded = slo.guarded_classes(config.classes)
         self._longest_s = slo.longest_step(config.classes)
         self.paces = {
-            slo.name: Pace(slo, times, config.max_num_seqs, guarded=slo.name in self._guarded) for slo in config.classes
+            some.name: Pace(some, times, config.max_num_seqs, guarded=some.name in self._guarded) for some in config.classes
         }
 
     def open(self, running: List[Sequence], now: float, start: float) -> StepPlan:
@@ -116,13 +113,16 @@ class Planner:
         for seq in running:
             by_class.setdefault(seq.slo.name, []).append(seq)
         limit = self._longest_s
-        for name, seqs in by_class.items():
-            self.paces[name].review(now, seqs)
-        for seq in generating:
-            if self.is_guarded(seq):
-                limit = min(limit, slo.next_due(seq) - start)
+        for name, pace in self.paces.items():
+            pace.review(now, by_class.get(name, []))
+        guarded = [seq for seq in generating if self.is_guarded(seq)]
+        first = min((seq.slo.priority for seq in guarded), default=0)
+        for seq in guarded:
+            slack = slo.next_due(seq) - start
+            # Who is behind is waited for, but only the most urgent class catches up at the others' cost.
+            limit = min(limit, slack if seq.slo.priority == first else max(slack, slo.AIM * seq.slo.tpot_s))
         least = PROGRESS * (self._times.predict(1, excess=0) or 0.0)
-        guarded = [seq.num_scheduled + 1 - CONTEXT for seq in generating if self.is_guarded(seq)]
-        if guarded:
-            least = max(least, self._times.predict(len(guarded), excess=sum(guarded)) or 0.0)
+        sure = [seq.num_scheduled + 1 - CONTEXT for seq in guarded if seq.slo.priority == first]
+        if sure:
+            least = max(least, self._times.predict(len(sure), excess=sum(sure)) or 0.0)
         return max(limit, least)

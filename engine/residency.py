@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
+from collections.abc import Mapping
 
 from tailserve.engine.blocks import BlockPool
 from tailserve.engine.config import EngineConfig
@@ -17,13 +18,18 @@ def place_in_line(seq: Sequence) -> Key:
     return seq.key
 
 
+def begin_of_level(line: list[Sequence], level: int) -> int:
+    """Index of a line's first sequence that is of `level` or behind it."""
+    return bisect_left(line, Key(level, late=False, tag=float("-inf"), number=-1), key=place_in_line)
+
+
 class Residency:
     """Two lines, running and waiting, both in order of their keys, over one block pool.
 
     A running sequence has a row at the verifier and blocks; a waiting one has neither. Slots and blocks are taken from
     lower classes for higher ones, and from those whose first token is late anyway for those that can be in time; else only
     an earlier sequence that already runs takes blocks from a later one. So victims are the least urgent, and of these who
-    came last, which has the least to compute again; most of that is found in the cache.
+    came last.
     """
 
     def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
@@ -75,8 +81,9 @@ class Residency:
         self.leaves.clear()
         self.pool.forget()
 
-    def yield_slots(self) -> None:
-        """Running sequences of lower classes give their slots to waiting ones of higher classes.
+    def yield_slots(self, caps: Mapping[str, int]) -> None:
+        """Running sequences give their slots to waiting ones that outrank them, as far as those may start: `caps` has how
+        many of each class may run.
 
         Those that end with the steps under way are left alone: their slots are free before others could be made so.
         """
@@ -84,14 +91,19 @@ class Residency:
             return
         staying = [seq for seq in self.running if seq.num_pending]
         free = self.config.max_num_seqs - len(staying)
-        for claims in range(len(self.waiting)):
-            if claims < free:
+        running = Counter(seq.slo.name for seq in staying)
+        for seq in self.waiting[:]:
+            if running[seq.slo.name] >= caps[seq.slo.name] and not seq.promoted:
                 continue
-            # A victim lands behind its claimant, whose class is higher, so the claims counted so far stay in front.
-            if not staying or not _outranks(self.waiting[claims], staying[-1]):
-                break
-            self.preempt(staying.pop())
-            free += 1
+            if free == 0:
+                if not staying or not _outranks(seq, staying[-1]):
+                    break
+                victim = staying.pop()
+                running[victim.slo.name] -= 1
+                self.preempt(victim)
+                free = 1
+            free -= 1
+            running[seq.slo.name] += 1
 
     def admit(self, seq: Sequence) -> bool:
         """Gives a waiting sequence a row, the cached part of its tokens, and its place among the running.
@@ -101,8 +113,7 @@ class Residency:
         if len(self.running) >= self.config.max_num_seqs:
             return False
         size = self.config.block_size
-        # At least one token is computed: its logits are needed.
-        hashes = seq.block_hashes((len(seq.token_ids) - 1) // size, size) if self.config.enable_prefix_caching else []
+        hashes = self._hashes(seq)
         cached = self.pool.match(hashes)
         # One token more than it has now, so that a sequence does not start only to be displaced.
         total = len(seq.token_ids) // size + 1
@@ -130,6 +141,15 @@ class Residency:
             self.stats.prompt_tokens += seq.prompt_len
         self.join(seq)
         return True
+
+    def count_cached(self, seq: Sequence) -> int:
+        """A sequence's tokens that are in the prefix cache now."""
+        return len(self.pool.match(self._hashes(seq))) * self.config.block_size
+
+    def _hashes(self, seq: Sequence) -> list[bytes]:
+        size = self.config.block_size
+        # At least one token is computed: its logits are needed.
+        return seq.block_hashes((len(seq.token_ids) - 1) // size, size) if self.config.enable_prefix_caching else []
 
     def join(self, seq: Sequence) -> None:
         """Tells the verifier all there is to know of a row, be it new or not."""

@@ -1,7 +1,7 @@
 """What a step is, and what became of the last one.
 
-One rule for everything: sequences stand in line by class, then arrival, whether they run or wait, generate or still read
-their prompt; `composition.py` has who of them is in a step. A sequence has tokens, and `num_computed` catches up with them.
+One rule for everything: sequences stand in line by their keys, whether they run or wait, generate or still read their
+prompt; `composition.py` has who of them is in a step. A sequence has tokens, and `num_computed` catches up with them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Scheduler:
         self._composition = Composition(self.planner, self.residency, times)
         self._overdue = Overdue(config, times, self.residency)
         self.classes = {slo.name: slo for slo in config.classes}
-        self._shares = {slo.name: FairShares() for slo in config.classes}
+        self._shares = {slo.priority: FairShares() for slo in config.classes}
         self._sequences: dict[str, Sequence] = {}
         self._timed: dict[str, Sequence] = {}
         self._ended: list[TokenChunk] = []
@@ -74,15 +74,17 @@ class Scheduler:
                 param="prompt",
             )
         self._num_added += 1
-        level = 0 if self.config.scheduling_policy == "fcfs" else slo.priority
-        tag, charge = self._shares[slo.name].enter(request.tenant, num_prompt, request.sampling.max_tokens)
-        key = Key(level, late=False, tag=tag, number=self._num_added)
-        seq = Sequence(request, slo, now - request.age_s, key, self.config.max_model_len, charge=charge)
+        arrival_s = now - request.age_s
+        tag, charge = self._shares[slo.priority].enter(request.tenant, num_prompt, request.sampling.max_tokens)
+        fcfs = self.config.scheduling_policy == "fcfs"
+        key = Key(0 if fcfs else slo.priority, late=False, tag=arrival_s if fcfs else tag, number=self._num_added)
+        seq = Sequence(request, slo, arrival_s, key, self.config.max_model_len, charge=charge)
         self._sequences[request.id] = seq
         seq.awaits_prefix = drafts and slo.speculative_prefix > 0 and may_have_prefix(request.sampling)
         if request.timeout_s is not None:
             self._timed[request.id] = seq
         self.residency.enter(seq)
+        seq.num_found = self.residency.count_cached(seq)
 
     def abort(self, request_id: str) -> TokenChunk | None:
         """Ends a request now; its blocks are free on return. None if there is no such request (any more)."""
@@ -110,8 +112,8 @@ class Scheduler:
         for seq in [seq for seq in self._timed.values() if seq.expired(now)]:
             self._ended.append(self._finish(seq, Stop(FinishReason.LENGTH, "deadline")))
         self._overdue.review(self._sequences.values(), now)
-        if self.config.scheduling_policy != "priority":
-            self.residency.yield_slots()
+        if self.config.paced:
+            self.residency.yield_slots({name: pace.cap for name, pace in self.planner.paces.items()})
         work, new_blocks, plan = self._composition.compose(now, max(start or now, now))
         # Drafts come last: they must not take the block or the token that somebody needs.
         self._selection.add(work, drafts, plan.count_drafts, self.residency, new_blocks)
@@ -224,7 +226,7 @@ class Scheduler:
         self._timed.pop(seq.request.id, None)
         self.residency.remove(seq)
         computed = seq.prompt_len if seq.due_s is not None else 0
-        self._shares[seq.slo.name].end(seq.request.tenant, seq.charge, computed, seq.num_output)
+        self._shares[seq.slo.priority].end(seq.request.tenant, seq.charge, computed, seq.num_output)
         self.stats.finished[stop.reason] = self.stats.finished.get(stop.reason, 0) + 1
         return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error)
 
@@ -237,7 +239,7 @@ class Scheduler:
         self._num_steps += 1
         self._in_flight[step] = work
         for entry in work:
-            self._shares[entry.seq.slo.name].start(entry.seq.key.tag)
+            self._shares[entry.seq.slo.priority].start(entry.seq.key.tag)
             entry.seq.num_scheduled += entry.length
             entry.seq.num_sampling += entry.samples
         return Batch(

@@ -13,11 +13,11 @@ class Key(NamedTuple):
     """A place in line: sequences go in the order of these."""
 
     level: int
-    """The class's priority, or less where a sequence has waited for too long."""
+    """The class's priority; less for a sequence that has waited for too long; 0 for all with first come, first served."""
     late: bool
     """Its first token cannot be in time any more."""
     tag: float
-    """Arrival, as far as tenants have had their shares."""
+    """Its turn within the class, in tokens served: see `FairShares`."""
     number: int
 
 
@@ -45,11 +45,13 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_drafted",
+        "num_found",
         "num_prefix",
         "num_registered",
         "num_sampling",
         "num_scheduled",
         "pace_s",
+        "promoted",
         "prompt_len",
         "request",
         "row",
@@ -67,6 +69,8 @@ class Sequence:
         self.charge = charge
         self.key = key
         """Place in line. Keeps its value when the sequence is preempted."""
+        self.promoted = False
+        """It goes before everybody, since it had waited for too long."""
         self.first_due_s = arrival_s + slo.ttft_s
         """When its first token is due."""
         self.due_s: float | None = None
@@ -85,6 +89,8 @@ class Sequence:
         """Tokens that the steps under way will append, at least: one for each that samples for it."""
         self.num_cached: int | None = None
         """Prompt tokens found in the prefix cache at the first start; None before it."""
+        self.num_found = 0
+        """Tokens that were in the prefix cache when it came: what is likely to be found there at its start."""
         self.row: int | None = None
         """The verifier's name for it; None while it waits."""
         self.block_ids: list[int] = []

@@ -1,7 +1,7 @@
 """Deadlines: when a class's targets ask for a sequence's next token, and what can no longer be on time.
 
-After the design's rules for slack (deadline, minus now, minus what is left to compute), in the line of AdaServe and Niyama
-(arXiv 2503.22562): what can no longer meet its deadline goes behind what can.
+Slack is the deadline, minus now, minus what is left to compute, as in Niyama (arXiv 2503.22562): what can no longer meet its
+deadline goes behind what can.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ AIM = 0.85
 """Of the times that a class allows, what is aimed at: clients see a little more than the engine."""
 BANKED_TOKENS = 2
 """Tokens that a sequence may be ahead of its pace; what it makes beyond them earns it no slack."""
+OWED_TOKENS = 4
+"""Tokens that it may be behind: a longer stall (a restart of the verifier, say) is not made good at everybody's cost."""
 HEADWAY = 0.25
 """Of the shortest time to first token, what a step may take at most: whoever arrives while it runs waits for its end."""
 READING_SHARE = 0.75
 """Of a step, what prompts in a hurry may take at most from sequences that generate."""
 LATE_SHARE = 0.35
-"""What those get of it at least whose first token is late anyway."""
+"""The same for prompts whose first token is late anyway, and for answers that are to be read again."""
 
 
 def next_due_after(seq: Sequence, num_tokens: int, now: float) -> float:
@@ -31,7 +33,8 @@ def next_due_after(seq: Sequence, num_tokens: int, now: float) -> float:
     pace = AIM * seq.slo.tpot_s
     if seq.due_s is None:
         return now + num_tokens * pace
-    return min(seq.due_s + num_tokens * pace, now + (1 + BANKED_TOKENS) * pace)
+    due = max(seq.due_s + num_tokens * pace, now - OWED_TOKENS * pace)
+    return min(due, now + (1 + BANKED_TOKENS) * pace)
 
 
 def next_due(seq: Sequence) -> float:
@@ -41,8 +44,8 @@ def next_due(seq: Sequence) -> float:
 
 
 def reading_s(seq: Sequence, times: StepTimes) -> float:
-    """Seconds to read what is left of a sequence's prompt, with nothing beside it; 0 before anything is known."""
-    left = max(seq.prompt_len - seq.num_scheduled, 1)
+    """Seconds to read what is left of a sequence's tokens, with nothing beside it; 0 before anything is known."""
+    left = max(len(seq.token_ids) - (seq.num_found if seq.row is None else seq.num_scheduled), 1)
     return times.predict(left, unsampled=left - 1, excess=0) or 0.0
 
 
@@ -54,10 +57,14 @@ def hopeless(seq: Sequence, now: float, times: StepTimes) -> bool:
 def hurry(prompts: Iterable[Sequence], now: float, times: StepTimes) -> float:
     """The share of the time from now on that prompts need, read in this order, to have their first tokens in time.
 
-    Those that cannot have it any more ask for no more than `LATE_SHARE`.
+    Those that cannot have it any more, or have it, ask for no more than `LATE_SHARE`.
     """
     work = share = 0.0
     for seq in prompts:
+        if seq.due_s is not None:
+            # It has begun its answer and lost its place, or the draft has begun it.
+            share = max(share, LATE_SHARE)
+            continue
         needed = reading_s(seq, times)
         left = seq.first_due_s - (1 - AIM) * seq.slo.ttft_s - now
         if seq.key.late or needed > left:
@@ -69,7 +76,8 @@ def hurry(prompts: Iterable[Sequence], now: float, times: StepTimes) -> float:
 
 
 def guarded_classes(classes: List[SloClass]) -> frozenset[str]:
-    """The classes whose sequences steps wait for: all but the least urgent, which takes what is left."""
+    """The classes for whose sequences steps are kept short: all but the least urgent, which takes what is left; none if all
+    are equally urgent."""
     least = max(slo.priority for slo in classes)
     return frozenset(slo.name for slo in classes if slo.priority < least)
 

@@ -193,7 +193,8 @@ async def open_loop(
     _, late = await asyncio.wait(tasks, timeout=drain_s) if tasks else (set(), set())
     for task in late:
         task.cancel()
-    await asyncio.wait(late) if late else None
+    if late:
+        await asyncio.wait(late)
     given_up = f"no end within {drain_s} s of the last arrival"
     return [
         Sample(workload.name, sent, error=given_up) if task in late else task.result()

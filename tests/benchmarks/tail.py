@@ -94,7 +94,7 @@ def returns(setting: Setting, _: argparse.Namespace) -> None:
         (a.at, number, a, make_request([number] * a.num_prompt, max_tokens=a.num_output, slo_class=a.slo.name))
         for number, a in enumerate(arrivals)
     ]
-    told: dict[int, tuple[float, float, int]] = {}
+    told: set[int] = set()
     waits, admitted, back = [], 0, 0
     waiting: list[tuple[float, int, float]] = []
     while pending:
@@ -118,7 +118,7 @@ def returns(setting: Setting, _: argparse.Namespace) -> None:
             instance.open[request.id] = arrival
             instance.engine.add(request)
         elif number not in told:
-            told[number] = (at, wait, ahead)
+            told.add(number)
             waiting.append((load.classes["normal"].num_started + ahead, at, wait))
             pending.append((at + wait, number, arrival, request))
     print(

@@ -114,13 +114,13 @@ class TimedExecutor(FakeExecutor):
     def __init__(self, config: EngineConfig, base: float, per_token: float) -> None:
         super().__init__(config)
         self.now = 0.0
-        self._cost = (base, per_token)
+        self.cost = (base, per_token)
         self._free = 0.0
         self._ends: deque[tuple[float, float]] = deque()
 
     def submit(self, batch: Batch) -> None:
         super().submit(batch)
-        seconds = self._cost[0] + self._cost[1] * count_tokens(batch) if batch.rows else 1e-5
+        seconds = self.cost[0] + self.cost[1] * count_tokens(batch) if batch.rows else 1e-5
         self._free = max(self._free, self.now) + seconds
         self._ends.append((self._free, seconds))
 

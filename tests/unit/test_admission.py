@@ -30,7 +30,7 @@ class Desk:
     def note(self) -> None:
         queued = Counter(request.tenant for request in self.queue)
         reading = self.token_s * sum(len(request.prompt_token_ids) for request in self.queue)
-        load = Load(self.free_slots, self.token_s, {self.name: ClassLoad(queued, self.started, reading)})
+        load = Load(self.token_s, {self.name: ClassLoad(self.free_slots, queued, self.started, reading)})
         self.admission.note(load, self.now)
 
     def run_until(self, moment: float) -> None:
@@ -106,6 +106,15 @@ def test_a_place_is_not_kept_for_ever() -> None:
         assert desk.ask(fresh()) is not None
     desk.run_until(60.0)
     assert desk.ask(fresh()) is None
+
+
+def test_places_of_those_that_gave_up_keep_nobody_out_of_an_idle_server() -> None:
+    desk = Desk(replace(NORMAL, max_queued=10), rate=5.0)
+    for _ in range(210):
+        desk.ask(fresh(tenant="gone"))
+    desk.run_until(10.0)
+    assert not desk.queue
+    assert [desk.ask(fresh(tenant=name)) for name in ("gone", "new")] == [None, None]
 
 
 def test_a_class_may_refuse_what_would_be_late() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tailserve.cluster.config import parse_config
 from tailserve.cluster.tenants import TenantConfig, hash_key, new_key
 from tailserve.deployments.auth import Tenant
 from tailserve.deployments.cli import main
-from tailserve.engine.errors import ConfigError, QueueFullError
+from tailserve.engine.errors import ConfigError, ForbiddenError, QueueFullError
 
 GOLD, FREE = new_key(), new_key()
 TENANTS = [
@@ -65,6 +66,20 @@ async def test_a_class_that_the_tenant_may_not_use(edge: Edge) -> None:
         assert "may not use class 'critical', but normal" in response.json()["error"]["message"]
     assert (await post(edge, FREE)).status_code == 200
     assert (await post(edge, GOLD, service_tier="priority")).status_code == 200
+
+
+async def test_who_may_not_use_the_default_class_gets_the_first_of_its_own(edge: Edge) -> None:
+    config = TenantConfig(name="t", api_key_hashes=(hash_key("k"),), classes=("critical",))
+    tenant = Tenant(config, 1, time.monotonic)
+    assert tenant.choose_class(None, "normal") == "critical"
+    with pytest.raises(ForbiddenError):
+        tenant.choose_class("normal", "normal")
+    response = await edge.http.post(
+        "/v1/completions",
+        json={"prompt": "a"},
+        headers={"X-SLO-Class": "critical", "Authorization": f"Bearer {FREE}"},
+    )
+    assert response.status_code == 403
 
 
 async def test_requests_of_others_cannot_be_ended(edge: Edge) -> None:

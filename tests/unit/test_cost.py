@@ -48,3 +48,30 @@ def test_noise_moves_no_size_that_does_not_run() -> None:
         times.observe(0, 0.0001)
     assert times.predict(1) == pytest.approx(times.predict(8), rel=0.15)
     assert times.predict(1) > 0.0075  # type: ignore[operator]
+
+
+def test_logits_and_context_have_costs_of_their_own() -> None:
+    """Two kinds of steps of 64 tokens, and contexts from short to long."""
+    times = StepTimes([(size, 0.01 + 0.001 * size) for size in (1, 8, 64, 128)])
+
+    def seconds(unsampled: int, excess: int) -> float:
+        return 0.01 + 0.001 * 64 - 0.0002 * unsampled + 1e-6 * excess
+
+    for number in range(400):
+        unsampled, excess = 63 * (number % 2), 5000 * (number % 5)
+        times.observe(64, seconds(unsampled, excess), unsampled=unsampled, excess=excess)
+    for unsampled, excess in ((0, 0), (63, 0), (0, 20_000), (63, 20_000)):
+        assert times.predict(64, unsampled=unsampled, excess=excess) == pytest.approx(seconds(unsampled, excess), rel=0.05)
+    assert times.errors()[0] < 0.02
+
+
+def test_beyond_the_profile_it_goes_on_as_it_did() -> None:
+    assert StepTimes([(8, 0.010), (16, 0.020)]).predict(32) == pytest.approx(0.040)
+
+
+def test_a_million_odd_steps_leave_it_sane() -> None:
+    """Rather a few thousand, on numbers that would show a filter that loses its footing."""
+    times = StepTimes([(size, 0.01) for size in (1, 2, 4, 8, 16)])
+    for number in range(5000):
+        times.observe(1 + number % 3, 1e-6 if number % 7 else 10.0, unsampled=number % 2, excess=10**7 * (number % 2))
+    assert 0 < (times.predict(1, excess=0) or 0) < 100

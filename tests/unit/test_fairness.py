@@ -1,3 +1,5 @@
+"""Whose turn it is among tenants of one class."""
+
 from tailserve.engine.fairness import FairShares
 
 
@@ -15,8 +17,11 @@ def serve(shares: FairShares, waiting: list[tuple[float, str, float]], count: in
 
 def test_one_tenant_is_served_in_order() -> None:
     shares = FairShares()
-    tags = [shares.enter("a", 10, 100)[0] for _ in range(5)]
-    assert tags == sorted(set(tags))
+    (first, charge), second, third = (shares.enter("a", 1000, 100) for _ in range(3))
+    shares.start(first)
+    # It ends early and gives most of its charge back.
+    shares.end("a", charge, 10, 0)
+    assert first < second[0] < third[0] <= shares.enter("a", 10, 100)[0]
 
 
 def test_who_sends_ten_times_as_much_gets_the_same_while_both_wait() -> None:

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_configuration_is_valid() -> None:
-    found = re.search(r"<!-- config -->\n```yaml\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    config = parse_config(yaml.safe_load(found[1]))
-    assert config.speculation == 4
-    assert config.resources.verifier_gpus == 1
+def test_the_example_configurations_are_valid() -> None:
+    found = re.findall(r"<!-- config -->\n```yaml\n(.*?)```", README, re.DOTALL)
+    first, second = (parse_config(yaml.safe_load(text)) for text in found)
+    assert first.speculation == 4
+    assert first.resources.verifier_gpus == 1
+    assert [tenant.name for tenant in second.tenants] == ["gold", "free"]
 
 
 def test_there_are_two_set_up_commands_of_one_line() -> None:

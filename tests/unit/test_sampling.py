@@ -1,5 +1,7 @@
 """Tests of chance use fixed seeds: they cannot fail by accident, and say what a failure would mean."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,13 @@ def test_min_tokens_hides_stop_tokens() -> None:
     late = [SamplingPoint(params(**stops), 10, 2)]
     assert sample(logits.clone(), early) == [1]
     assert sample(logits.clone(), late) == [0]
+
+
+def test_how_likely_the_end_was_is_said_where_asked() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    [entry] = token_logprobs(logits, [0], 0, [1, 3])
+    assert entry.end == pytest.approx(math.log(float(logits.softmax(-1)[0, [1, 3]].sum())))
+    assert token_logprobs(logits, [0], 0)[0].end is None
 
 
 def test_logprobs_are_the_models_own() -> None:
