@@ -14,15 +14,14 @@ REVIEW_S = 0.1
 NEAR, ROOM = 0.95, 0.85
 """Of a class's time per output token: where its p99 is above the first its cap falls, where below the other it grows."""
 SHRINK, GROW = 0.93, 1.03
+"""What the cap is multiplied by then; it grows by one more at least."""
 PROGRESS = 1.25
 """A step's limit is never below this many times what a step of one token takes."""
-LEAST = 0.1
-"""Of what step times alone would allow, where the cap ends."""
 
 
 class Pace:
-    """One class's cap: as many sequences as a step within its time per output token holds, by step times, times a factor
-    that follows what its sequences see. More urgent classes, prompts and a busy machine are in that factor."""
+    """One class's cap: as many sequences as a step within its time per output token holds, by step times; fewer while those
+    that run see hardly less than that time. More urgent classes, prompts and a busy machine show in what they see."""
 
     def __init__(self, slo: SloClass, times: StepTimes, max_num_seqs: int, *, guarded: bool) -> None:
         """`guarded`: steps are kept short enough for it, whatever there is to do. Its cap goes by step times alone then."""
@@ -31,7 +30,7 @@ class Pace:
         self._times = times
         self._most = max_num_seqs
         self._reviewed_s = float("-inf")
-        self.factor = 1.0
+        self._allowed = float(max_num_seqs)
         self.cap = max_num_seqs
         """Sequences of the class that may run."""
         self.p99_s = 0.0
@@ -47,13 +46,15 @@ class Pace:
         target = self._slo.tpot_s
         # Those that run stay: with more of them than the cap allows, their pace says nothing of it.
         if self.p99_s > NEAR * target and len(running) <= self.cap and not self._guarded:
-            self.factor = max(SHRINK * self.factor, LEAST)
+            self._allowed = SHRINK * len(running)
         elif self.p99_s < ROOM * target:
-            self.factor = min(GROW * self.factor, 1.0)
+            self._allowed = GROW * self._allowed + 1
         contexts = sum(seq.num_computed for seq in running) // len(running) if running else CONTEXT
         # What makes a step hardly longer costs nobody anything, whatever the target.
         free = PROGRESS * (self._times.predict(1, excess=0) or 0.0)
-        self.cap = max(self._fitting(max(self.factor * target, free), contexts - CONTEXT), 1)
+        fitting = self._fitting(max(target, free), contexts - CONTEXT)
+        self._allowed = max(min(self._allowed, fitting), 1.0)
+        self.cap = int(self._allowed)
 
     def _fitting(self, seconds: float, excess: int) -> int:
         """Sequences of which a step takes so long, each with so much more context than `CONTEXT`."""

@@ -221,7 +221,7 @@ class Residency:
         self.joins = [join for join in self.joins if join.row != seq.row]
         self.pool.release(seq.block_ids)
         seq.block_ids = []
-        seq.row = None
+        seq.row = seq.token_s = None
         seq.num_computed = seq.num_scheduled = seq.num_sampling = seq.num_registered = 0
 
 

@@ -186,11 +186,11 @@ class Scheduler:
         """`count` tokens more are there."""
         if seq.due_s is None:
             self._overdue.restore(seq)
-        else:
-            per_token = (now - seq.moved_s) / count
+        if seq.token_s is not None:
+            per_token = (now - seq.token_s) / count
             seq.pace_s = per_token if seq.pace_s is None else seq.pace_s + PACE_WEIGHT * (per_token - seq.pace_s)
-        seq.due_s = next_due_after(seq, count, now)
-        seq.moved_s = now
+        seq.due_s = next_due_after(seq, count, now, guarded=self.planner.is_guarded(seq))
+        seq.token_s = seq.moved_s = now
 
     def _append(self, seq: Sequence, token_ids: list[int], logprobs: list[TokenLogprob] | None) -> TokenChunk:
         stop: Stop | None = None

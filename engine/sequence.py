@@ -57,6 +57,7 @@ class Sequence:
         "row",
         "slo",
         "token_ids",
+        "token_s",
     )
 
     def __init__(
@@ -77,6 +78,8 @@ class Sequence:
         """When its next token is; None before the first."""
         self.pace_s: float | None = None
         """Seconds for each of its last tokens, a running mean; None before the second."""
+        self.token_s: float | None = None
+        """When its last token was made; None before the first, and where it has lost its place since."""
         self.moved_s = arrival_s
         """When a step last did something for it, or when it came."""
         self.token_ids = list(request.prompt_token_ids)

@@ -18,7 +18,8 @@ AIM = 0.85
 BANKED_TOKENS = 2
 """Tokens that a sequence may be ahead of its pace; what it makes beyond them earns it no slack."""
 OWED_TOKENS = 4
-"""Tokens that it may be behind: a longer stall (a restart of the verifier, say) is not made good at everybody's cost."""
+"""Tokens that one of a guarded class may be behind: a longer stall, by a restart of the verifier, say, is not made good at
+everybody's cost."""
 HEADWAY = 0.25
 """Of the shortest time to first token, what a step may take at most: whoever arrives while it runs waits for its end."""
 READING_SHARE = 0.75
@@ -27,13 +28,15 @@ LATE_SHARE = 0.35
 """The same for prompts whose first token is late anyway, and for answers that are to be read again."""
 
 
-def next_due_after(seq: Sequence, num_tokens: int, now: float) -> float:
+def next_due_after(seq: Sequence, num_tokens: int, now: float, *, guarded: bool) -> float:
     """When the token behind `num_tokens` new ones is due. The first token starts the clock: time per output token counts
-    from there."""
+    from there. `guarded`: others wait for it, but not for more than `OWED_TOKENS`."""
     pace = AIM * seq.slo.tpot_s
     if seq.due_s is None:
         return now + num_tokens * pace
-    due = max(seq.due_s + num_tokens * pace, now - OWED_TOKENS * pace)
+    due = seq.due_s + num_tokens * pace
+    if guarded:
+        due = max(due, now - OWED_TOKENS * pace)
     return min(due, now + (1 + BANKED_TOKENS) * pace)
 
 

@@ -149,8 +149,8 @@ def loadstep(setting: Setting, args: argparse.Namespace) -> None:
     near = next((at for at, _, pace, _ in seen if at > 60 and pace > 0.95 * target), None)
     print(f"cap before: {before:g}; the least: {min(cap for at, cap, _, _ in seen if at > 60)}; at the end: {seen[-1][1]}")
     if near is not None:
-        then = next(cap for at, cap, _, _ in seen if at >= near)
-        fallen = next((at for at, cap, _, _ in seen if at > near and cap < 0.95 * then), float("inf"))
+        then = [cap for at, cap, _, _ in seen if at < near][-1]
+        fallen = next((at for at, cap, _, _ in seen if at >= near and cap < 0.95 * then), float("inf"))
         print(f"p99 neared its target at {near:.1f} s, the cap had fallen {fallen - near:.1f} s later")
     if args.plot:
         _plot(args.plot, seen, target)
