@@ -93,7 +93,7 @@ class Composition:
             if not known and not self._may_start(seq):
                 continue
             urgent = self._is_urgent(seq)
-            limit = urgent_s if urgent else plan.limit_s
+            limit = urgent_s if urgent else plan.reading_s
             wanted = self._wanted(seq) if known else 1
             if not (plan.count_prompt(seq, wanted, limit, urgent=urgent) or (plan.empty and plan.prompt_tokens_left)):
                 return

@@ -17,10 +17,12 @@ from tailserve.engine.sequence import Sequence
 class StepPlan:
     """What is in a step so far, and what more fits."""
 
-    def __init__(self, times: StepTimes, limit_s: float, max_tokens: int, max_prompt_tokens: int) -> None:
-        """`max_tokens`, and of these `max_prompt_tokens` of prompts: whatever the time."""
+    def __init__(self, times: StepTimes, limit_s: float, reading_s: float, max_tokens: int, max_prompt_tokens: int) -> None:
+        """`reading_s`: how long the step may become by prompts. `max_tokens`, and of these `max_prompt_tokens` of prompts:
+        whatever the time."""
         self._times = times
         self.limit_s = limit_s
+        self.reading_s = reading_s
         self.tokens_left = max_tokens
         self.prompt_tokens_left = max_prompt_tokens
         self._tokens = self._unsampled = self._excess = 0
@@ -97,7 +99,13 @@ class Planner:
         if generating:
             prompts = min(prompts, max(config.max_mixed_tokens - len(generating), config.max_mixed_tokens // 2))
         limit = self._limit(running, generating, now, start)
-        return StepPlan(self._times, limit, config.max_num_batched_tokens, prompts)
+        reading = limit
+        if config.paced and generating:
+            # Prompts shall not make a step longer than those that generate in it can bear, or not by much.
+            alone = self._times.predict(len(generating), excess=sum(seq.num_scheduled + 1 - CONTEXT for seq in generating))
+            bearable = min(slo.AIM * seq.slo.tpot_s for seq in generating)
+            reading = min(limit, max(bearable, PROGRESS * (alone or 0.0)))
+        return StepPlan(self._times, limit, reading, config.max_num_batched_tokens, prompts)
 
     def is_guarded(self, seq: Sequence) -> bool:
         return seq.slo.name in self._guarded

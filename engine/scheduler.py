@@ -187,8 +187,9 @@ class Scheduler:
         if seq.due_s is None:
             self._overdue.restore(seq)
         if seq.token_s is not None:
-            per_token = (now - seq.token_s) / count
-            seq.pace_s = per_token if seq.pace_s is None else seq.pace_s + PACE_WEIGHT * (per_token - seq.pace_s)
+            # One slow step, right behind its first token, says little: it begins as one that is well on time.
+            before = seq.slo.tpot_s / 2 if seq.pace_s is None else seq.pace_s
+            seq.pace_s = before + PACE_WEIGHT * ((now - seq.token_s) / count - before)
         seq.due_s = next_due_after(seq, count, now, guarded=self.planner.is_guarded(seq))
         seq.token_s = seq.moved_s = now
 
