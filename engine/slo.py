@@ -20,7 +20,7 @@ BANKED_TOKENS = 2
 OWED_TOKENS = 4
 """Tokens that one of a guarded class may be behind: a longer stall, by a restart of the verifier, say, is not made good at
 everybody's cost."""
-HEADWAY = 0.25
+HEADWAY = 0.2
 """Of the shortest time to first token, what a step may take at most: whoever arrives while it runs waits for its end."""
 READING_SHARE = 0.75
 """Of a step, what prompts in a hurry may take at most from sequences that generate."""

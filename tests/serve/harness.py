@@ -24,9 +24,10 @@ CONFIG: dict[str, Any] = {
     "max_model_len": 2048,
     "timeouts": {"step_s": 20.0, "draft_hang_s": 2.0},
     "slo_classes": [
-        {"name": "critical", "priority": 0, "ttft_s": 0.5, "tpot_s": 0.04},
-        {"name": "normal", "priority": 10, "ttft_s": 5.0, "tpot_s": 0.2},
-        {"name": "bounded", "priority": 20, "ttft_s": 5.0, "tpot_s": 0.2, "max_queued": 2},
+        # Targets that a slow machine can keep, so that all slots may be taken.
+        {"name": "critical", "priority": 0, "ttft_s": 4.0, "tpot_s": 0.5},
+        {"name": "normal", "priority": 10, "ttft_s": 60.0, "tpot_s": 5.0},
+        {"name": "bounded", "priority": 20, "ttft_s": 60.0, "tpot_s": 5.0, "max_queued": 2},
     ],
 }
 

@@ -79,6 +79,11 @@ async def test_429_when_max_queued_of_a_class_wait(server: Server, client: opena
     with pytest.raises(openai.RateLimitError) as caught:
         await client.completions.create(model=MODEL, prompt="Hi", **bounded)
     assert int(caught.value.response.headers["retry-after"]) >= 1
+    # The official client comes back by itself, when it was told to.
+    patient = client.with_options(max_retries=5)
+    answer = await patient.completions.create(model=MODEL, prompt="Hi", **bounded)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2
     await asyncio.gather(*long, *waiting)
 
 

@@ -210,6 +210,7 @@ async def test_errors_as_the_client_knows_them(edge: Edge, monkeypatch: pytest.M
     with pytest.raises(openai.RateLimitError) as caught:
         await edge.client.chat.completions.create(model=MODEL, messages=USER)
     assert caught.value.response.headers["retry-after"] == "3"
+    assert caught.value.response.headers["retry-after-ms"] == "2400"
 
 
 async def test_503_until_the_model_is_loaded(tmp_path: Path) -> None:
