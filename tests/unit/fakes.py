@@ -124,6 +124,12 @@ class TimedExecutor(FakeExecutor):
         self._free = max(self._free, self.now) + seconds
         self._ends.append((self._free, seconds))
 
+    def stall(self, seconds: float) -> None:
+        """Loses the steps under way, and time."""
+        self._ends.clear()
+        self.now += seconds
+        self._free = self.now
+
     def poll(self, timeout_s: float | None = None) -> StepResult | None:
         end, seconds = self._ends[0]
         if timeout_s is not None and end > self.now + timeout_s:
