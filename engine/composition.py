@@ -13,8 +13,8 @@ from tailserve.engine.residency import Residency, begin_of_level, place_in_line
 from tailserve.engine.scheduled import Scheduled
 from tailserve.engine.sequence import Sequence
 
-SLOW_READING = 16
-"""Tokens of its prompt that a step reads at most of a sequence that goes first only since it had waited for too long."""
+SLOW_READING, SLOWEST_READING = 16, 2
+"""Tokens of its prompt that a step reads, at most and at least, of a sequence that had waited for too long."""
 FORESEEN_PROMPTS = 8
 """Waiting prompts of a class whose hurry a step considers."""
 
@@ -41,8 +41,9 @@ class Composition:
         self._num_running = Counter(seq.slo.name for seq in residency.running)
         held_back: list[Sequence] = []
         levels = _levels(residency.running, residency.waiting)
-        # One that had waited for too long comes before the first of the classes.
         first = next((level for level in levels if level >= self._most_urgent), None)
+        # In line, one that had waited for too long comes before all classes; of a step it gets what the first leaves it.
+        levels.sort(key=lambda level: (level != first, level))
         for level in levels:
             running = _of_level(residency.running, level)
             prompts = [seq for seq in running if seq.num_pending > 1 or seq.awaits_prefix]
@@ -73,7 +74,7 @@ class Composition:
             if fitting < len(seqs):
                 seqs.sort(key=slo.next_due)
                 # A step without anything would be none.
-                fitting = max(plan.count_generating(seqs, limit), plan.empty)
+                fitting = max(plan.count_generating(seqs, limit), plan.empty or seqs[0].promoted)
         self._take(plan, seqs[:fitting])
         return seqs[fitting:]
 
@@ -95,7 +96,8 @@ class Composition:
             urgent = self._is_urgent(seq)
             limit = urgent_s if urgent else plan.reading_s
             wanted = self._wanted(seq) if known else 1
-            if not (plan.count_prompt(seq, wanted, limit, urgent=urgent) or (plan.empty and plan.prompt_tokens_left)):
+            progress = seq.promoted or (plan.empty and plan.prompt_tokens_left)
+            if not (plan.count_prompt(seq, wanted, limit, urgent=urgent) or progress):
                 return
             if known or self._start(seq, waiting):
                 self._add_chunk(plan, seq, limit)
@@ -124,7 +126,8 @@ class Composition:
     def _add_chunk(self, plan: StepPlan, seq: Sequence, limit: float) -> None:
         wanted = self._wanted(seq)
         urgent = self._is_urgent(seq)
-        count = max(plan.count_prompt(seq, wanted, limit, urgent=urgent), min(wanted, plan.empty))
+        least = SLOWEST_READING if seq.promoted else plan.empty
+        count = max(plan.count_prompt(seq, wanted, limit, urgent=urgent), min(wanted, least, plan.tokens_left))
         if count and self._residency.extend(seq, seq.num_scheduled + count, self._new_blocks):
             assert seq.row is not None
             samples = count == seq.num_pending
