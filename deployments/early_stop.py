@@ -59,8 +59,11 @@ class EarlyStop:
     def _sentence_ends(self, known: int) -> list[int]:
         """Where sentences ended, as the text behind `known` shows."""
         # A full stop counts once there is something behind it.
-        ends = [match.end() for match in _END.finditer(self._text, max(known - 8, 0))]
-        return [end for end in ends if end >= known and end > self._sentence and not _NO_END.search(self._text[:end][-16:])]
+        ends = (match.end() for match in _END.finditer(self._text, max(known - 8, 0)))
+        return [end for end in ends if end >= known and end > self._sentence and self._is_end(end)]
+
+    def _is_end(self, end: int) -> bool:
+        return not _NO_END.search(self._text[max(end - 16, 0) : end])
 
     def _at(self, end: int, end_logprob: float | None) -> str | None:
         """The reason to stop where a sentence has just ended, if there is one."""

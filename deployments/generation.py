@@ -71,10 +71,10 @@ class Choice:
         for place, token_id in enumerate(shown):
             piece = self.detokenizer.push([token_id], final=final and place == len(shown) - 1)
             end = chunk.logprobs[place].end if chunk.logprobs else None
-            piece, reason = self.early.push(token_id, piece, end)
-            text += piece
+            kept, reason = self.early.push(token_id, piece, end)
             if reason is not None and before + place + 1 >= self.request.sampling.min_tokens:
-                return text, reason, place + 1
+                return text + kept, reason, place + 1
+            text += piece
         return text + (self.detokenizer.push([], final=True) if final else ""), None, len(shown)
 
 

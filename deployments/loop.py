@@ -17,6 +17,8 @@ from tailserve.engine.types import FinishReason, Request, SloClass, TokenChunk
 
 logger = logging.getLogger(__name__)
 
+LOAD_S = 0.05
+"""How old what admission goes by may be: to ask the engine in every step would cost each of them."""
 IDLE_CHECK_S = 1.0
 """How soon the death of an idle verifier is noticed."""
 
@@ -38,7 +40,8 @@ class EngineLoop:
         self._aborts: list[str] = []
         self._abort_ingresses: list[str] = []
         self._admission = Admission(classes)
-        self._admission.note(engine.load(), time.monotonic())
+        self._noted_s = time.monotonic()
+        self._admission.note(engine.load(), self._noted_s)
         self._stopping = False
         self.failure: BaseException | None = None
         self._owners: dict[str, str] = {}
@@ -129,7 +132,10 @@ class EngineLoop:
             # Aborts come after additions: an abort never overtakes its request.
             aborts += [request_id for request_id, ingress in list(self._owners.items()) if ingress in gone]
             ended += [chunk for request_id in aborts if (chunk := self._engine.abort(request_id)) is not None]
-            self._admission.note(self._engine.load(), time.monotonic())
+            now = time.monotonic()
+            if requests or now >= self._noted_s + LOAD_S:
+                self._noted_s = now
+                self._admission.note(self._engine.load(), now)
             stopping = self._stopping
         self._deliver(ended)
         return not stopping

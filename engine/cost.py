@@ -63,7 +63,7 @@ class StepTimes:
         self._excess = excess
         if not self._known:
             self._begin(np.full(len(SIZES), seconds), doubt=0.5)
-        expected = self.predict(num_tokens, unsampled=unsampled) or seconds
+        expected = self.predict(num_tokens, unsampled=unsampled, excess=excess) or seconds
         self._ratios.append(seconds / expected)
         low, share = _place(num_tokens)
         weights = np.zeros(len(SIZES) + 2)

@@ -17,7 +17,6 @@ class ClassLoad(NamedTuple):
 
     free_slots: int
     """Slots that it finds: free ones, and those that less urgent classes give up."""
-
     queued: Counter[str]
     """Tenant to requests that wait for their first slot."""
     num_started: int

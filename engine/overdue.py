@@ -25,20 +25,23 @@ class Overdue:
         self._residency = residency
         self._first = min(some.priority for some in config.classes) - 1
         self._searched_s = float("-inf")
-        self._promoted: Sequence | None = None
 
     def review(self, sequences: Collection[Sequence], now: float) -> None:
         """Looks at those that wait, and now and then at all of them."""
         if not self._config.paced:
             return
         self._relegate(now)
-        if now >= self._searched_s + SEARCH_S and sequences and self._promoted not in sequences:
+        if now >= self._searched_s + SEARCH_S:
             self._searched_s = now
-            oldest = min(sequences, key=lambda seq: seq.moved_s)
-            self._promoted = oldest if now - oldest.moved_s > self._config.max_wait_s else None
-            if self._promoted is not None:
-                oldest.promoted = True
-                self._residency.move(oldest, oldest.key._replace(level=self._first, late=False))
+            self._promote(sequences, now)
+
+    def _promote(self, sequences: Collection[Sequence], now: float) -> None:
+        if not sequences or any(seq.promoted for seq in sequences):
+            return
+        oldest = min(sequences, key=lambda seq: seq.moved_s)
+        if now - oldest.moved_s > self._config.max_wait_s:
+            oldest.promoted = True
+            self._residency.move(oldest, oldest.key._replace(level=self._first, late=False))
 
     def restore(self, seq: Sequence) -> None:
         """It has its first token: the next are due like everybody's."""

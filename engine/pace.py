@@ -10,7 +10,7 @@ from tailserve.engine.sequence import Sequence
 from tailserve.engine.types import SloClass
 
 REVIEW_S = 0.1
-"""How often a class's pace is looked at."""
+"""How often the paces of classes are looked at."""
 NEAR, ROOM = 0.95, 0.85
 """Of a class's time per output token: where its p99 is above the first its cap falls, where below the other it grows."""
 SHRINK, GROW = 0.93, 1.03
@@ -29,18 +29,14 @@ class Pace:
         self._slo = slo
         self._times = times
         self._most = max_num_seqs
-        self._reviewed_s = float("-inf")
         self._allowed = float(max_num_seqs)
         self.cap = max_num_seqs
         """Sequences of the class that may run."""
         self.p99_s = 0.0
         """Time per token that all but one in a hundred of the running sequences see, as of late; 0 if none generates."""
 
-    def review(self, now: float, running: List[Sequence]) -> None:
-        """Looks at the class's running sequences, if it is time to."""
-        if now < self._reviewed_s + REVIEW_S:
-            return
-        self._reviewed_s = now
+    def review(self, running: List[Sequence]) -> None:
+        """Looks at the class's running sequences; to be called every `REVIEW_S`."""
         paces = sorted(seq.pace_s for seq in running if seq.pace_s is not None)
         self.p99_s = paces[min(int(0.99 * len(paces)), len(paces) - 1)] if paces else 0.0
         target = self._slo.tpot_s

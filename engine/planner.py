@@ -10,7 +10,7 @@ from itertools import accumulate
 from tailserve.engine import slo
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import CONTEXT, StepTimes
-from tailserve.engine.pace import PROGRESS, Pace
+from tailserve.engine.pace import PROGRESS, REVIEW_S, Pace
 from tailserve.engine.sequence import Sequence
 
 
@@ -87,6 +87,7 @@ class Planner:
         self._times = times
         self._guarded = slo.guarded_classes(config.classes)
         self._longest_s = slo.longest_step(config.classes)
+        self._reviewed_s = float("-inf")
         self.paces = {
             some.name: Pace(some, times, config.max_num_seqs, guarded=some.name in self._guarded) for some in config.classes
         }
@@ -117,12 +118,11 @@ class Planner:
     def _limit(self, running: List[Sequence], generating: List[Sequence], now: float, start: float) -> float:
         if not self._config.paced:
             return math.inf
-        by_class: dict[str, list[Sequence]] = {}
-        for seq in running:
-            by_class.setdefault(seq.slo.name, []).append(seq)
+        if now >= self._reviewed_s + REVIEW_S:
+            self._reviewed_s = now
+            for name, pace in self.paces.items():
+                pace.review([seq for seq in running if seq.slo.name == name])
         limit = self._longest_s
-        for name, pace in self.paces.items():
-            pace.review(now, by_class.get(name, []))
         guarded = [seq for seq in generating if self.is_guarded(seq)]
         first = min((seq.slo.priority for seq in guarded), default=0)
         for seq in guarded:

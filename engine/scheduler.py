@@ -114,7 +114,7 @@ class Scheduler:
         self._overdue.review(self._sequences.values(), now)
         if self.config.paced:
             self.residency.yield_slots({name: pace.cap for name, pace in self.planner.paces.items()})
-        work, new_blocks, plan = self._composition.compose(now, max(start or now, now))
+        work, new_blocks, plan = self._composition.compose(now, now if start is None else start)
         # Drafts come last: they must not take the block or the token that somebody needs.
         self._selection.add(work, drafts, plan.count_drafts, self.residency, new_blocks)
         return self._pack(work, new_blocks, states)

@@ -13,7 +13,6 @@ import aiohttp
 import msgspec
 
 READ_TIMEOUT_S = 300.0
-"""A stream that is silent for this long has failed."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,14 @@ _decode = msgspec.json.Decoder(_Event).decode
 class Client:
     """One server. Use as an asynchronous context."""
 
-    def __init__(self, url: str, model: str | None = None) -> None:
+    def __init__(self, url: str, model: str | None = None, *, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+        """`read_timeout_s`: a stream that is silent for this long has failed."""
+        self._read_timeout_s = read_timeout_s
         self.url = url.rstrip("/").removesuffix("/v1")
         self._model = model
 
     async def __aenter__(self) -> Client:
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=READ_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=self._read_timeout_s)
         self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
         try:
             if self._model is None:

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from fakes import make_request
+from fakes import StepClock, make_request
 
 from tailserve.deployments.bench.report import table
 from tailserve.engine.config import EngineConfig
@@ -33,6 +33,7 @@ from tailserve.engine.cost import CONTEXT, count_excess, count_tokens
 from tailserve.engine.engine import Engine
 from tailserve.engine.types import Batch, SloClass, StepResult, TokenChunk
 
+TRAFFIC = Path(__file__).with_name("traffic.json")
 COLUMNS = ["policy", "load", "class", "requests", "met_%", "goodput", "TTFT_p50_ms", "TTFT_p99_ms", "TPOT_p50_ms"]
 COLUMNS += ["TPOT_p99_ms", "oldest_wait_s", "tokens_per_s"]
 
@@ -72,28 +73,20 @@ class SimulatedExecutor:
         self._costs = costs
         self._chance = chance
         self._steps: deque[Batch] = deque()
-        self._free = 0.0
-        self._ends: deque[tuple[float, float]] = deque()
-        self.now = 0.0
+        self.clock = StepClock()
 
     def submit(self, batch: Batch) -> None:
         costs = self._costs
         context = count_excess(batch) + CONTEXT * len(batch.rows)
         seconds = costs["base_s"] + costs["token_s"] * count_tokens(batch) + costs["context_s"] * context
         seconds = (seconds + costs["sequence_s"] * sum(batch.samples)) * self._chance.lognormvariate(0, costs["noise"])
-        if not batch.rows:
-            seconds = 1e-4
-        self._free = max(self._free, self.now) + seconds
-        self._ends.append((self._free, seconds))
+        self.clock.begin(seconds if batch.rows else 1e-4)
         self._steps.append(batch)
 
     def poll(self, timeout_s: float | None = None) -> StepResult | None:
-        end, seconds = self._ends[0]
-        if timeout_s is not None and end > self.now + timeout_s:
-            self.now += timeout_s
+        seconds = self.clock.wait(timeout_s)
+        if seconds is None:
             return None
-        self.now = max(self.now, end)
-        self._ends.popleft()
         batch = self._steps.popleft()
         return StepResult(batch.step, [[7] if samples else [] for samples in batch.samples], {}, seconds)
 
@@ -115,16 +108,17 @@ class Instance:
             enable_prefix_caching=False,
             **settings["engine"],
         )
-        self.engine = Engine(config, self.executor, clock=lambda: self.executor.now)
+        self.clock = self.executor.clock
+        self.engine = Engine(config, self.executor, clock=lambda: self.clock.now)
         self.open: dict[str, Arrival] = {}
         self.oldest_wait: dict[str, float] = {}
 
     def run_until(self, moment: float) -> None:
         """Steps until then, or until there is nothing to do."""
-        while self.executor.now < moment and self.engine.has_work:
+        while self.clock.now < moment and self.engine.has_work:
             for chunk in self.engine.step():
                 self._take(chunk)
-        self.executor.now = max(self.executor.now, moment if not self.engine.has_work else 0.0)
+        self.clock.now = max(self.clock.now, moment if not self.engine.has_work else 0.0)
 
     def add(self, arrival: Arrival) -> None:
         request = make_request(
@@ -132,14 +126,14 @@ class Instance:
             max_tokens=arrival.num_output,
             slo_class=arrival.slo.name,
             tenant=arrival.tenant,
-            age_s=max(self.executor.now - arrival.at, 0.0),
+            age_s=max(self.clock.now - arrival.at, 0.0),
         )
         self.open[request.id] = arrival
         self.engine.add(request)
 
     def _take(self, chunk: TokenChunk) -> None:
         arrival = self.open[chunk.request_id]
-        now = self.executor.now
+        now = self.clock.now
         if chunk.token_ids:
             waited = now - (arrival.last or arrival.at)
             self.oldest_wait[arrival.slo.name] = max(self.oldest_wait.get(arrival.slo.name, 0.0), waited)
@@ -148,6 +142,17 @@ class Instance:
             arrival.num_tokens += len(chunk.token_ids)
         if chunk.finish_reason is not None:
             del self.open[chunk.request_id]
+
+
+def read_traffic(path: Path) -> tuple[dict[str, Any], dict[str, SloClass]]:
+    """The file's settings, and its classes by name."""
+    settings = json.loads(path.read_text())
+    targets = ("priority", "ttft_s", "tpot_s")
+    classes = {
+        name: SloClass(name=name, speculation="off", **{target: kind[target] for target in targets})
+        for name, kind in settings["classes"].items()
+    }
+    return settings, classes
 
 
 def traffic(settings: dict[str, Any], classes: dict[str, SloClass], rate: float, seconds: float) -> Iterator[Arrival]:
@@ -220,15 +225,10 @@ def main() -> None:
     parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--load", type=float, nargs="+", default=[0.5, 0.9, 1.5])
     parser.add_argument("--policies", nargs="+", default=["slack", "priority", "fcfs"])
-    parser.add_argument("--traffic", type=Path, default=Path(__file__).with_name("traffic.json"))
+    parser.add_argument("--traffic", type=Path, default=TRAFFIC)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    settings = json.loads(args.traffic.read_text())
-    targets = ("priority", "ttft_s", "tpot_s")
-    classes = {
-        name: SloClass(name=name, speculation="off", **{target: kind[target] for target in targets})
-        for name, kind in settings["classes"].items()
-    }
+    settings, classes = read_traffic(args.traffic)
     able = capacity(settings, classes)
     print(f"capacity of an instance: {able:.2f} requests/s")
     rows = []

@@ -11,7 +11,6 @@ tradeoff: tokens a second at critical targets of 30, 40, 60 and 80 ms a token, a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from simulate import Arrival, Instance
 
 from tailserve.deployments.bench.report import table
 from tailserve.engine.admission import Admission
-from tailserve.engine.types import Request, SloClass
+from tailserve.engine.types import Request
 
 SECONDS = 300.0
 
@@ -32,12 +31,7 @@ class Setting:
     """The traffic of the file, and an instance's capacity for it."""
 
     def __init__(self) -> None:
-        self.settings = json.loads(Path(__file__).with_name("traffic.json").read_text())
-        targets = ("priority", "ttft_s", "tpot_s")
-        self.classes = {
-            name: SloClass(name=name, speculation="off", **{target: kind[target] for target in targets})
-            for name, kind in self.settings["classes"].items()
-        }
+        self.settings, self.classes = simulate.read_traffic(simulate.TRAFFIC)
         self.able = simulate.capacity(self.settings, self.classes)
         print(f"capacity: {self.able:.2f} requests/s")
 
@@ -100,10 +94,10 @@ def returns(setting: Setting, _: argparse.Namespace) -> None:
     while pending:
         pending.sort(key=lambda entry: entry[:2])
         at, number, arrival, request = pending.pop(0)
-        while instance.executor.now < at and instance.engine.has_work:
-            instance.run_until(min(at, instance.executor.now + 0.05))
+        while instance.clock.now < at and instance.engine.has_work:
+            instance.run_until(min(at, instance.clock.now + 0.05))
             started = instance.engine.load().classes["normal"].num_started
-            waits += [(told_s, instance.executor.now - then) for needed, then, told_s in waiting if started >= needed]
+            waits += [(told_s, instance.clock.now - then) for needed, then, told_s in waiting if started >= needed]
             waiting = [entry for entry in waiting if started < entry[0]]
         instance.run_until(at)
         load = instance.engine.load()
@@ -138,10 +132,10 @@ def loadstep(setting: Setting, args: argparse.Namespace) -> None:
     instance = Instance(setting.settings, tuple(setting.classes.values()), "slack", 0)
     seen = []
     for arrival in arrivals:
-        while instance.executor.now < arrival.at and instance.engine.has_work:
-            instance.run_until(min(arrival.at, instance.executor.now + 0.05))
+        while instance.clock.now < arrival.at and instance.engine.has_work:
+            instance.run_until(min(arrival.at, instance.clock.now + 0.05))
             pace = instance.engine.paces()["normal"]
-            seen.append((instance.executor.now, pace.cap, 1e3 * pace.p99_s, instance.engine.gauges().num_running))
+            seen.append((instance.clock.now, pace.cap, 1e3 * pace.p99_s, instance.engine.gauges().num_running))
         instance.run_until(arrival.at)
         instance.add(arrival)
     target = 1e3 * setting.classes["normal"].tpot_s

@@ -108,21 +108,28 @@ class FakeExecutor:
         return self._kv[block][slot]
 
 
-class TimedExecutor(FakeExecutor):
-    """A step takes `base` seconds and `per_token` for each of its tokens, on a clock that only moves so."""
+class StepClock:
+    """A clock that only moves with steps, which run one after the other."""
 
-    def __init__(self, config: EngineConfig, base: float, per_token: float) -> None:
-        super().__init__(config)
+    def __init__(self) -> None:
         self.now = 0.0
-        self.cost = (base, per_token)
         self._free = 0.0
         self._ends: deque[tuple[float, float]] = deque()
 
-    def submit(self, batch: Batch) -> None:
-        super().submit(batch)
-        seconds = self.cost[0] + self.cost[1] * count_tokens(batch) if batch.rows else 1e-5
+    def begin(self, seconds: float) -> None:
+        """A step of so many seconds begins, or waits behind those under way."""
         self._free = max(self._free, self.now) + seconds
         self._ends.append((self._free, seconds))
+
+    def wait(self, timeout_s: float | None) -> float | None:
+        """Waits for the end of the oldest step and returns its seconds; None if that takes longer than `timeout_s`."""
+        end, seconds = self._ends[0]
+        if timeout_s is not None and end > self.now + timeout_s:
+            self.now += timeout_s
+            return None
+        self.now = max(self.now, end)
+        self._ends.popleft()
+        return seconds
 
     def stall(self, seconds: float) -> None:
         """Loses the steps under way, and time."""
@@ -130,13 +137,27 @@ class TimedExecutor(FakeExecutor):
         self.now += seconds
         self._free = self.now
 
+
+class TimedExecutor(FakeExecutor):
+    """A step takes `base` seconds and `per_token` for each of its tokens."""
+
+    def __init__(self, config: EngineConfig, base: float, per_token: float) -> None:
+        super().__init__(config)
+        self.clock = StepClock()
+        self.cost = (base, per_token)
+
+    @property
+    def now(self) -> float:
+        return self.clock.now
+
+    def submit(self, batch: Batch) -> None:
+        super().submit(batch)
+        self.clock.begin(self.cost[0] + self.cost[1] * count_tokens(batch) if batch.rows else 1e-5)
+
     def poll(self, timeout_s: float | None = None) -> StepResult | None:
-        end, seconds = self._ends[0]
-        if timeout_s is not None and end > self.now + timeout_s:
-            self.now += timeout_s
+        seconds = self.clock.wait(timeout_s)
+        if seconds is None:
             return None
-        self.now = max(self.now, end)
-        self._ends.popleft()
         result = super().poll()
         assert result is not None
         return replace(result, duration_s=seconds)

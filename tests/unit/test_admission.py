@@ -57,7 +57,7 @@ def fresh(**fields: object) -> Request:
     return make_request([next(_numbers)] * int(fields.pop("length", 3)), **({"slo_class": "normal"} | fields))  # type: ignore[arg-type]
 
 
-def test_who_comes_back_when_told_is_admitted_and_the_wait_is_about_what_it_takes() -> None:
+def test_who_comes_back_when_told_is_admitted() -> None:
     """Three times as many as are served, of which everybody that is refused comes back."""
     chance = random.Random(1)
     desk = Desk(replace(NORMAL, max_queued=10), rate=2.0)
@@ -79,7 +79,7 @@ def test_who_comes_back_when_told_is_admitted_and_the_wait_is_about_what_it_take
         assert len(desk.queue) <= 12
     assert came_back > 50
     assert admitted / came_back >= 0.95
-    # Two in three of six a second are refused for good, and those that wait are served at two a second.
+    # Six a second come and two are served: the line of those that are to come back grows.
     assert max(told) > 20
 
 

@@ -100,9 +100,9 @@ def test_a_summary_that_goes_on_with_what_was_said_ends() -> None:
     assert run(EarlyStopConfig(closing=True), fresh) == (fresh, None)
 
 
-@pytest.fixture
-async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
-    classes = [{"name": "normal", "priority": 10, "ttft_s": 5.0, "tpot_s": 0.2, "early_stop": {"repetition": True}}]
+@pytest.fixture(params=[{"repetition": True}])
+async def edge(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Edge]:
+    classes = [{"name": "normal", "priority": 10, "ttft_s": 5.0, "tpot_s": 0.2, "early_stop": request.param}]
     tiers = {"default": "normal"}
     settings = {"slo_classes": classes, "default_class": "normal", "urgent_class": "normal", "service_tiers": tiers}
     edge = Edge(tmp_path, settings=settings)
@@ -122,3 +122,12 @@ async def test_through_http(edge: Edge, fields: dict[str, Any], reason: str | No
     assert choice.get("stop_reason") == reason
     assert choice["finish_reason"] == ("stop" if reason else "length")
     assert usage["completion_tokens"] == (33 if reason else 100)
+
+
+@pytest.mark.parametrize("edge", [{"soft_max_tokens": 5}], indirect=True)
+async def test_below_min_tokens_nothing_ends_and_nothing_is_lost(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = edge.service._text.encode("So. ", add_special_tokens=False)
+    monkeypatch.setattr("fakes.next_token", lambda tokens: pattern[(len(tokens) - 2) % 4])
+    answer = await edge.http.post("/v1/completions", json={"prompt": "ab", "max_tokens": 60, "min_tokens": 21})
+    choice = answer.json()["choices"][0]
+    assert (choice["text"], choice["stop_reason"]) == ("So. " * 5 + "So.", "soft_length")
