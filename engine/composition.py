@@ -13,8 +13,9 @@ from tailserve.engine.residency import Residency, begin_of_level, place_in_line
 from tailserve.engine.scheduled import Scheduled
 from tailserve.engine.sequence import Sequence
 
-SLOW_READING, SLOWEST_READING = 16, 2
-"""Tokens of its prompt that a step reads, at most and at least, of a sequence that had waited for too long."""
+PROMISED_S, PROMISED_SHARE = 0.5, 0.02
+"""How often a sequence that had waited for too long gets a token at least, and of this time what the step may take longer to
+read of its prompt, whatever there is to do for others."""
 FORESEEN_PROMPTS = 8
 """Waiting prompts of a class whose hurry a step considers."""
 
@@ -34,6 +35,7 @@ class Composition:
     def compose(self, now: float, start: float) -> tuple[list[Scheduled], dict[int, list[int]], StepPlan]:
         """The entries of a step that will begin at `start`, without drafts; the blocks they get; and what they take."""
         residency = self._residency
+        self._now = now
         plan = self._planner.open(residency.running, now, start)
         self._work: list[Scheduled] = []
         self._new_blocks: dict[int, list[int]] = {}
@@ -42,7 +44,9 @@ class Composition:
         held_back: list[Sequence] = []
         levels = _levels(residency.running, residency.waiting)
         first = next((level for level in levels if level >= self._most_urgent), None)
-        # In line, one that had waited for too long comes before all classes; of a step it gets what the first leaves it.
+        # One that had waited for too long comes before all classes: it has a place, but of a step what the first leaves it.
+        for seq in _of_level(residency.waiting, self._most_urgent - 1):
+            self._start(seq, [seq])
         levels.sort(key=lambda level: (level != first, level))
         for level in levels:
             running = _of_level(residency.running, level)
@@ -74,7 +78,7 @@ class Composition:
             if fitting < len(seqs):
                 seqs.sort(key=slo.next_due)
                 # A step without anything would be none.
-                fitting = max(plan.count_generating(seqs, limit), plan.empty or seqs[0].promoted)
+                fitting = max(plan.count_generating(seqs, limit), plan.empty or self._is_promised(seqs[0]))
         self._take(plan, seqs[:fitting])
         return seqs[fitting:]
 
@@ -95,8 +99,10 @@ class Composition:
                 continue
             urgent = self._is_urgent(seq)
             limit = urgent_s if urgent else plan.reading_s
+            if promised := self._is_promised(seq):
+                limit = max(limit, plan.seconds + PROMISED_SHARE * PROMISED_S)
             wanted = self._wanted(seq) if known else 1
-            progress = seq.promoted or (plan.empty and plan.prompt_tokens_left)
+            progress = promised or (plan.empty and plan.prompt_tokens_left)
             if not (plan.count_prompt(seq, wanted, limit, urgent=urgent) or progress):
                 return
             if known or self._start(seq, waiting):
@@ -108,13 +114,16 @@ class Composition:
     def _is_urgent(self, seq: Sequence) -> bool:
         return self._paced and self._planner.is_guarded(seq)
 
+    def _is_promised(self, seq: Sequence) -> bool:
+        return seq.promoted and self._now > seq.moved_s + PROMISED_S
+
     def _wanted(self, seq: Sequence) -> int:
         """Tokens of its prompt that a step may read of a running sequence."""
         wanted = seq.num_pending - seq.awaits_prefix
         if wanted == 0:
             # The last one: nobody waits for a draft that has not come by now.
             seq.awaits_prefix, wanted = False, 1
-        return min(wanted, SLOW_READING) if seq.promoted else wanted
+        return wanted
 
     def _start(self, seq: Sequence, waiting: List[Sequence]) -> bool:
         # Not one that has lost its place in this very step.
@@ -126,7 +135,7 @@ class Composition:
     def _add_chunk(self, plan: StepPlan, seq: Sequence, limit: float) -> None:
         wanted = self._wanted(seq)
         urgent = self._is_urgent(seq)
-        least = SLOWEST_READING if seq.promoted else plan.empty
+        least = plan.empty or self._is_promised(seq)
         count = max(plan.count_prompt(seq, wanted, limit, urgent=urgent), min(wanted, least, plan.tokens_left))
         if count and self._residency.extend(seq, seq.num_scheduled + count, self._new_blocks):
             assert seq.row is not None

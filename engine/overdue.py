@@ -11,13 +11,17 @@ from tailserve.engine.residency import Residency, begin_of_level
 from tailserve.engine.sequence import Sequence
 
 SEARCH_S = 0.5
-"""How often somebody who has waited for too long is looked for."""
+"""How often somebody who has waited for too long is looked for, and who is spared by now."""
+SPARED_SHARE = 0.5
+"""Tenants with less than this much of their equal share of a class's queue are not the reason why it is long."""
+FORESEEN = 32
+"""Waiting sequences of a class that are looked at behind one that can be in time."""
 
 
 class Overdue:
     """Changes places in line. Whose first token cannot be in time goes behind those whose can, until it has it (Niyama's
-    relegation). Of those for which nothing was done for `max_wait_s`, the oldest goes before everybody until it ends; then
-    the next."""
+    relegation), unless its tenant has few in line: others' load shall not cost it its turn. Of those for which nothing was
+    done for `max_wait_s`, the oldest goes before everybody until it ends; then the next."""
 
     def __init__(self, config: EngineConfig, times: StepTimes, residency: Residency) -> None:
         self._config = config
@@ -34,6 +38,7 @@ class Overdue:
         if now >= self._searched_s + SEARCH_S:
             self._searched_s = now
             self._promote(sequences, now)
+            self._spare()
 
     def _promote(self, sequences: Collection[Sequence], now: float) -> None:
         if not sequences or any(seq.promoted for seq in sequences):
@@ -50,15 +55,24 @@ class Overdue:
 
     def _relegate(self, now: float) -> None:
         waiting = self._residency.waiting
-        for slo_class in self._config.classes:
-            place = begin_of_level(waiting, slo_class.priority)
-            while place < len(waiting):
+        for level in {some.priority for some in self._config.classes}:
+            place = begin_of_level(waiting, level)
+            end = place + FORESEEN
+            while place < min(len(waiting), end):
                 seq = waiting[place]
-                if seq.key.level != slo_class.priority or seq.key.late:
+                if seq.key.level != level or seq.key.late:
                     break
-                if seq.due_s is not None:
-                    place += 1
-                elif slo.hopeless(seq, now, self._times):
+                hopeless = seq.due_s is None and slo.hopeless(seq, now, self._times)
+                if hopeless and not self._is_spared(seq):
                     self._residency.move(seq, seq.key._replace(late=True))
                 else:
-                    break
+                    place += 1
+
+    def _spare(self) -> None:
+        for seq in [seq for seq in self._residency.waiting if seq.key.late and self._is_spared(seq)]:
+            self.restore(seq)
+
+    def _is_spared(self, seq: Sequence) -> bool:
+        counts = [count for (name, _), count in self._residency.queued.items() if name == seq.slo.name and count]
+        share = sum(counts) / max(len(counts), 1)
+        return self._residency.queued[seq.slo.name, seq.request.tenant] < SPARED_SHARE * share

@@ -15,13 +15,19 @@ NEAR, ROOM = 0.95, 0.85
 """Of a class's time per output token: where its p99 is above the first its cap falls, where below the other it grows."""
 SHRINK, GROW = 0.93, 1.03
 """What the cap is multiplied by then; it grows by one more at least."""
+AIM, LEAST_AIM, MOST_AIM = 0.8, 0.6, 0.95
+"""Of a class's time per output token, what is aimed at: at first, and between which."""
+TIGHTEN, LOOSEN = 0.96, 1.0002
+"""What the aim is multiplied by when an answer of a guarded class came near to the class's time, or did not. In balance one
+answer in two hundred does."""
 PROGRESS = 1.25
 """A step's limit is never below this many times what a step of one token takes."""
 
 
 class Pace:
-    """One class's cap: as many sequences as a step within its time per output token holds, by step times; fewer while those
-    that run see hardly less than that time. More urgent classes, prompts and a busy machine show in what they see."""
+    """One class's pace. Its cap: as many sequences as a step within its time per output token holds, by step times; fewer
+    while those that run see hardly less than that time. More urgent classes, prompts and a busy machine show in what they
+    see."""
 
     def __init__(self, slo: SloClass, times: StepTimes, max_num_seqs: int, *, guarded: bool) -> None:
         """`guarded`: steps are kept short enough for it, whatever there is to do. Its cap goes by step times alone then."""
@@ -30,10 +36,23 @@ class Pace:
         self._times = times
         self._most = max_num_seqs
         self._allowed = float(max_num_seqs)
+        self._aim = AIM
         self.cap = max_num_seqs
         """Sequences of the class that may run."""
         self.p99_s = 0.0
         """Time per token that all but one in a hundred of the running sequences see, as of late; 0 if none generates."""
+
+    @property
+    def aimed_s(self) -> float:
+        """Seconds for each of a sequence's tokens that are aimed at: the more bursts and noise there are, the less."""
+        return self._aim * self._slo.tpot_s
+
+    def note_end(self, seq: Sequence) -> None:
+        """An answer of the class is complete, with its last token made just now."""
+        if not self._guarded or seq.begun_s is None or seq.token_s is None or seq.num_output < 2:
+            return
+        near = seq.token_s - seq.begun_s > NEAR * self._slo.tpot_s * (seq.num_output - 1)
+        self._aim = min(max(self._aim * (TIGHTEN if near else LOOSEN), LEAST_AIM), MOST_AIM)
 
     def review(self, running: List[Sequence]) -> None:
         """Looks at the class's running sequences; to be called every `REVIEW_S`."""

@@ -104,7 +104,7 @@ class Planner:
         if config.paced and generating:
             # Prompts shall not make a step longer than those that generate in it can bear, or not by much.
             alone = self._times.predict(len(generating), excess=sum(seq.num_scheduled + 1 - CONTEXT for seq in generating))
-            bearable = min(slo.AIM * seq.slo.tpot_s for seq in generating)
+            bearable = min(seq.aimed_s for seq in generating)
             reading = min(limit, max(bearable, PROGRESS * (alone or 0.0)))
         return StepPlan(self._times, limit, reading, config.max_num_batched_tokens, prompts)
 
@@ -128,7 +128,7 @@ class Planner:
         for seq in guarded:
             slack = slo.next_due(seq) - start
             # Who is behind is waited for, but only the most urgent class catches up at the others' cost.
-            limit = min(limit, slack if seq.slo.priority == first else max(slack, slo.AIM * seq.slo.tpot_s))
+            limit = min(limit, slack if seq.slo.priority == first else max(slack, seq.aimed_s))
         least = PROGRESS * (self._times.predict(1, excess=0) or 0.0)
         sure = [seq.num_scheduled + 1 - CONTEXT for seq in guarded if seq.slo.priority == first]
         if sure:

@@ -184,8 +184,10 @@ class Scheduler:
 
     def _note_pace(self, seq: Sequence, count: int, now: float) -> None:
         """`count` tokens more are there."""
-        if seq.due_s is None:
+        if seq.begun_s is None:
+            seq.begun_s = now
             self._overdue.restore(seq)
+        seq.aimed_s = self.planner.paces[seq.slo.name].aimed_s
         if seq.token_s is not None:
             # One slow step, right behind its first token, says little: it begins as one that is well on time.
             before = seq.slo.tpot_s / 2 if seq.pace_s is None else seq.pace_s
@@ -212,6 +214,7 @@ class Scheduler:
         kept = None if logprobs is None else tuple(logprobs[:taken])
         if stop is None:
             return TokenChunk(seq.request.id, out, kept, usage=seq.usage())
+        self.planner.paces[seq.slo.name].note_end(seq)
         return self._finish(seq, stop, out, kept)
 
     def _finish(

@@ -30,8 +30,10 @@ class Sequence:
 
     __slots__ = (
         "_root",
+        "aimed_s",
         "arrival_s",
         "awaits_prefix",
+        "begun_s",
         "block_ids",
         "charge",
         "draft_record",
@@ -76,6 +78,10 @@ class Sequence:
         """When its first token is due."""
         self.due_s: float | None = None
         """When its next token is; None before the first."""
+        self.aimed_s = slo.tpot_s
+        """Seconds for each of its tokens that are aimed at."""
+        self.begun_s: float | None = None
+        """When its first token was made; None before."""
         self.pace_s: float | None = None
         """Seconds for each of its last tokens, a running mean; None before the second."""
         self.token_s: float | None = None

@@ -13,8 +13,8 @@ from tailserve.engine.cost import StepTimes
 from tailserve.engine.sequence import Sequence
 from tailserve.engine.types import SloClass
 
-AIM = 0.85
-"""Of the times that a class allows, what is aimed at: clients see a little more than the engine."""
+AIM = 0.6
+"""Of a class's time to first token, what is aimed at: who comes in a burst has the rest of it."""
 BANKED_TOKENS = 2
 """Tokens that a sequence may be ahead of its pace; what it makes beyond them earns it no slack."""
 OWED_TOKENS = 4
@@ -31,7 +31,7 @@ LATE_SHARE = 0.35
 def next_due_after(seq: Sequence, num_tokens: int, now: float, *, guarded: bool) -> float:
     """When the token behind `num_tokens` new ones is due. The first token starts the clock: time per output token counts
     from there. `guarded`: others wait for it, but not for more than `OWED_TOKENS`."""
-    pace = AIM * seq.slo.tpot_s
+    pace = seq.aimed_s
     if seq.due_s is None:
         return now + num_tokens * pace
     due = seq.due_s + num_tokens * pace
@@ -43,7 +43,7 @@ def next_due_after(seq: Sequence, num_tokens: int, now: float, *, guarded: bool)
 def next_due(seq: Sequence) -> float:
     """When the next token of a sequence is due, those of the steps under way taken as made in time."""
     due = seq.first_due_s if seq.due_s is None else seq.due_s
-    return due + seq.num_sampling * AIM * seq.slo.tpot_s
+    return due + seq.num_sampling * seq.aimed_s
 
 
 def reading_s(seq: Sequence, times: StepTimes) -> float:
@@ -69,12 +69,12 @@ def hurry(prompts: Iterable[Sequence], now: float, times: StepTimes) -> float:
             share = max(share, LATE_SHARE)
             continue
         needed = reading_s(seq, times)
-        left = seq.first_due_s - (1 - AIM) * seq.slo.ttft_s - now
+        left = seq.first_due_s - now
         if seq.key.late or needed > left:
             share = max(share, LATE_SHARE)
             continue
         work += needed
-        share = max(share, work / left)
+        share = max(share, work / max(left - (1 - AIM) * seq.slo.ttft_s, needed))
     return min(share, READING_SHARE)
 
 

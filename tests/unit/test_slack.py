@@ -2,72 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import pairwise
-
 import pytest
-from fakes import TimedExecutor, engine_config, make_request
+from fakes import make_request
+from timed import BASE, CRITICAL, NORMAL, PER_TOKEN, Run, add_all, generating
 
 from tailserve.engine.cost import SIZES, StepTimes
-from tailserve.engine.engine import Engine
-from tailserve.engine.pace import Pace
+from tailserve.engine.pace import LEAST_AIM, MOST_AIM, Pace
 from tailserve.engine.sequence import Key, Sequence
-from tailserve.engine.types import Request, SloClass
-
-BASE, PER_TOKEN = 0.010, 0.001
-CRITICAL = SloClass(name="critical", priority=0, ttft_s=0.5, tpot_s=0.04, speculation="off")
-NORMAL = SloClass(name="normal", priority=10, ttft_s=5.0, tpot_s=0.2, speculation="off")
-
-
-class Run:
-    """An engine, and when each of its requests got its tokens."""
-
-    def __init__(self, **config: object) -> None:
-        sizes: dict[str, object] = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "max_model_len": 1024}
-        sizes |= {"num_blocks": 8192, "block_size": 8, "classes": (CRITICAL, NORMAL)}
-        settings = engine_config(**(sizes | config))
-        self.executor = TimedExecutor(settings, BASE, PER_TOKEN)
-        profile = tuple((size, BASE + PER_TOKEN * size) for size in (1, 8, 64, 128))
-        self.engine = Engine(
-            engine_config(**(sizes | config), step_profile=profile), self.executor, clock=lambda: self.executor.now
-        )
-        self.arrivals: dict[str, float] = {}
-        self.times: dict[str, list[float]] = {}
-
-    @property
-    def now(self) -> float:
-        return self.executor.now
-
-    def add(self, slo_class: str, num_prompt: int, num_output: int, **fields: object) -> Request:
-        request = make_request([1] * num_prompt, max_tokens=num_output, slo_class=slo_class, **fields)
-        self.arrivals[request.id] = self.now
-        self.times[request.id] = []
-        self.engine.add(request)
-        return request
-
-    def run(self, until: Callable[[], bool] | None = None) -> None:
-        while self.engine.has_work and not (until and until()):
-            for chunk in self.engine.step():
-                self.times[chunk.request_id] += [self.now] * len(chunk.token_ids)
-
-    def ttft(self, request: Request) -> float:
-        return self.times[request.id][0] - self.arrivals[request.id]
-
-    def tpot(self, request: Request) -> float:
-        times = self.times[request.id]
-        return (times[-1] - times[0]) / (len(times) - 1)
-
-    def gaps(self, request: Request) -> list[float]:
-        times = self.times[request.id]
-        return [after - before for before, after in pairwise(times)]
-
-
-def add_all(run: Run, slo_class: str, count: int, num_prompt: int, num_output: int) -> list[Request]:
-    return [run.add(slo_class, num_prompt, num_output) for _ in range(count)]
-
-
-def generating(run: Run, requests: Iterable[Request]) -> Callable[[], bool]:
-    return lambda: all(run.times[request.id] for request in requests)
+from tailserve.engine.types import SloClass
 
 
 @pytest.mark.parametrize("policy", ["slack", "priority"])
@@ -214,36 +156,6 @@ def test_a_busy_machine_lowers_the_cap_within_two_seconds_and_an_idle_one_raises
     assert after > 0.8 * before
 
 
-def test_what_cannot_be_in_time_goes_behind_what_can() -> None:
-    short = SloClass(name="normal", priority=10, ttft_s=1.0, tpot_s=0.2, speculation="off")
-    run = Run(classes=(CRITICAL, short), max_num_seqs=2)
-    first = add_all(run, "normal", 6, 100, 60)
-    run.run(lambda: run.now > 1.5)
-    fresh = run.add("normal", 100, 10)
-    run.run(generating(run, [fresh]))
-    waiting = [request for request in first if not run.times[request.id]]
-    assert waiting, "the test wants a queue"
-    assert run.ttft(fresh) <= 1.5
-    run.run()
-    assert all(len(run.times[request.id]) == 60 for request in first)
-
-
-def test_nobody_waits_for_ever() -> None:
-    """Critical requests for everything there is, and a normal one that has an age to be served at."""
-    run = Run(max_wait_s=3.0, max_num_seqs=4)
-    normal = run.add("normal", 100, 20)
-
-    def keep_busy() -> bool:
-        while sum(not run.times[name] or len(run.times[name]) < 30 for name in run.times if name != normal.id) < 60:
-            run.add("critical", 50, 30)
-        return len(run.times[normal.id]) == 20 or run.now > 60
-
-    run.run(keep_busy)
-    assert run.times[normal.id], "starved"
-    assert run.ttft(normal) < 5
-    assert max(run.gaps(normal)) < 1
-
-
 def test_a_third_class_takes_nothing_from_the_first() -> None:
     bulk = SloClass(name="bulk", priority=20, ttft_s=60.0, tpot_s=1.0, speculation="off")
     run = Run(classes=(CRITICAL, NORMAL, bulk))
@@ -272,14 +184,19 @@ def test_what_a_stall_cost_is_not_made_good_at_everybodys_cost() -> None:
     run.run()
 
 
-def test_whoever_waits_behind_starving_ones_of_its_own_class_is_served_all_the_same() -> None:
-    run = Run(max_wait_s=2.0, max_num_seqs=64)
-    normal = add_all(run, "normal", 60, 100, 10)
+def test_what_is_aimed_at_follows_how_near_answers_came() -> None:
+    pace = Pace(CRITICAL, StepTimes(()), 64, guarded=True)
+    seq = Sequence(make_request([1], max_tokens=100), CRITICAL, 0.0, Key(0, False, 0.0, 1), 1000)
+    seq.token_ids += [1] * 11
 
-    def keep_busy() -> bool:
-        while sum(len(run.times[name]) < 30 for name in run.times if name not in {r.id for r in normal}) < 40:
-            run.add("critical", 50, 30)
-        return all(len(run.times[request.id]) == 10 for request in normal) or run.now > 300
+    def end(tpot_s: float) -> float:
+        seq.begun_s, seq.token_s = 1.0, 1.0 + 10 * tpot_s
+        pace.note_end(seq)
+        return pace.aimed_s
 
-    run.run(keep_busy)
-    assert all(len(run.times[request.id]) == 10 for request in normal), "starved"
+    before = pace.aimed_s
+    near = end(0.039)
+    assert near < before < 0.04
+    assert near < end(0.036) < before
+    assert [end(0.05) for _ in range(100)][-1] == pytest.approx(LEAST_AIM * 0.04)
+    assert [end(0.01) for _ in range(10_000)][-1] == pytest.approx(MOST_AIM * 0.04)
