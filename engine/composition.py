@@ -135,7 +135,7 @@ class Composition:
     def _add_chunk(self, plan: StepPlan, seq: Sequence, limit: float) -> None:
         wanted = self._wanted(seq)
         urgent = self._is_urgent(seq)
-        least = plan.empty or self._is_promised(seq)
+        least = int(plan.empty or self._is_promised(seq))
         count = max(plan.count_prompt(seq, wanted, limit, urgent=urgent), min(wanted, least, plan.tokens_left))
         if count and self._residency.extend(seq, seq.num_scheduled + count, self._new_blocks):
             assert seq.row is not None

@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 
+import msgspec
 from msgspec.structs import replace
 
 from tailserve.engine.config import EngineConfig
@@ -54,6 +55,8 @@ class FakeExecutor:
         return len(self._rows)
 
     def submit(self, batch: Batch) -> None:
+        # What the verifier would be sent, and would refuse if a field were of another type.
+        batch = msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=Batch)
         self.waiting.append(batch)
         self.batches.append(batch)
 
