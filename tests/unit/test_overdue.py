@@ -72,3 +72,13 @@ def test_a_burst_of_the_most_urgent_class_does_not_pay_for_one_that_had_waited_f
     run.run(lambda: run.now > 5)
     assert run.times[normal.id], "starved"
     assert all(run.tpot(request) < 0.0155 for request in critical)
+
+
+def test_where_not_even_a_token_fits_who_had_waited_for_too_long_gets_one() -> None:
+    slow = {"base": 0.010, "per_token": 0.020}
+    tight = SloClass(name="critical", priority=0, ttft_s=0.5, tpot_s=0.05, speculation="off")
+    run = Run(classes=(tight, NORMAL), max_wait_s=1.0, **slow)
+    add_all(run, "critical", 3, 2, 200)
+    normal = run.add("normal", 10, 5)
+    run.run(lambda: bool(run.times[normal.id]) or run.now > 20)
+    assert run.times[normal.id], "starved"

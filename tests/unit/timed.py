@@ -18,12 +18,12 @@ NORMAL = SloClass(name="normal", priority=10, ttft_s=5.0, tpot_s=0.2, speculatio
 class Run:
     """An engine, and when each of its requests got its tokens."""
 
-    def __init__(self, **config: object) -> None:
+    def __init__(self, *, base: float = BASE, per_token: float = PER_TOKEN, **config: object) -> None:
         sizes: dict[str, object] = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "max_model_len": 1024}
         sizes |= {"num_blocks": 8192, "block_size": 8, "classes": (CRITICAL, NORMAL)}
         settings = engine_config(**(sizes | config))
-        self.executor = TimedExecutor(settings, BASE, PER_TOKEN)
-        profile = tuple((size, BASE + PER_TOKEN * size) for size in (1, 8, 64, 128))
+        self.executor = TimedExecutor(settings, base, per_token)
+        profile = tuple((size, base + per_token * size) for size in (1, 8, 64, 128))
         self.engine = Engine(
             engine_config(**(sizes | config), step_profile=profile), self.executor, clock=lambda: self.executor.now
         )
