@@ -74,7 +74,8 @@ def hurry(prompts: Iterable[Sequence], now: float, times: StepTimes) -> float:
             share = max(share, LATE_SHARE)
             continue
         work += needed
-        share = max(share, work / max(left - (1 - AIM) * seq.slo.ttft_s, needed))
+        if needed:
+            share = max(share, work / max(left - (1 - AIM) * seq.slo.ttft_s, needed))
     return min(share, READING_SHARE)
 
 

@@ -78,7 +78,7 @@ def test_where_not_even_a_token_fits_who_had_waited_for_too_long_gets_one() -> N
     slow = {"base": 0.010, "per_token": 0.020}
     tight = SloClass(name="critical", priority=0, ttft_s=0.5, tpot_s=0.05, speculation="off")
     run = Run(classes=(tight, NORMAL), max_wait_s=1.0, **slow)
-    add_all(run, "critical", 3, 2, 200)
+    add_all(run, "critical", 2, 2, 200)
     normal = run.add("normal", 10, 5)
     run.run(lambda: bool(run.times[normal.id]) or run.now > 20)
     assert run.times[normal.id], "starved"

@@ -9,6 +9,7 @@ from timed import BASE, CRITICAL, NORMAL, PER_TOKEN, Run, add_all, generating
 from tailserve.engine.cost import SIZES, StepTimes
 from tailserve.engine.pace import LEAST_AIM, MOST_AIM, Pace
 from tailserve.engine.sequence import Key, Sequence
+from tailserve.engine.slo import AIM, hurry
 from tailserve.engine.types import SloClass
 
 
@@ -200,3 +201,8 @@ def test_what_is_aimed_at_follows_how_near_answers_came() -> None:
     assert near < end(0.036) < before
     assert [end(0.05) for _ in range(100)][-1] == pytest.approx(LEAST_AIM * 0.04)
     assert [end(0.01) for _ in range(10_000)][-1] == pytest.approx(MOST_AIM * 0.04)
+
+
+def test_nothing_is_in_a_hurry_before_step_times_are_known() -> None:
+    seq = Sequence(make_request([1]), CRITICAL, 0.0, Key(0, False, 0.0, 1), 1000)
+    assert hurry([seq], AIM * CRITICAL.ttft_s, StepTimes(())) == 0.0
