@@ -127,6 +127,15 @@ class TailserveConfig(_Strict):
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     cpu_threads: int | None = Field(default=None, ge=1, description="threads of the verifier; default: all cores")
     enable_prefix_caching: bool = True
+    public_prefixes: tuple[str, ...] = Field(
+        default=(), description="system prompts, say: whoever begins with one shares its KV blocks with all others who do"
+    )
+    session_ttl_s: float = Field(
+        default=600.0, ge=0, description="for how long a session's KV blocks are kept for its next turn, at most"
+    )
+    session_share: float = Field(
+        default=0.5, ge=0, le=1, description="of the KV blocks, what sessions may keep; each tenant an equal part"
+    )
     draft_model: str = Field(
         default="ngram", description="ngram, none, or a directory or hub name: of a model, or of what distill made"
     )

@@ -24,6 +24,7 @@ class RouterCalls(Protocol):
     async def submit(self, request: bytes, ingress: str) -> str: ...
     def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]: ...
     async def abort(self, request_ids: list[str], *, instance: str) -> None: ...
+    async def drop_session(self, tenant: str, session_id: str) -> int: ...
     async def status(self) -> dict[str, Any]: ...
 
 
@@ -73,6 +74,10 @@ class RouterClient:
         instance = self._instances.pop(request_id, None)
         if instance is not None:
             self._spawn(self._abort([request_id], instance))
+
+    async def drop_session(self, tenant: str, session_id: str) -> int:
+        """Frees what all instances keep of a session. Returns how many KV blocks that were."""
+        return await self._calls.drop_session(tenant, session_id)
 
     def _read(self, instance: str) -> None:
         if instance not in self._readers:

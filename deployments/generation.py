@@ -38,7 +38,11 @@ class Choice:
     early: EarlyStop | None = None
     show_logprobs: bool = True
     num_tokens: int = 0
+    said: str = ""
+    """The text so far."""
     finished: bool = False
+    cut: bool = False
+    """It ended before its last token."""
     usage: Usage = field(default_factory=Usage)
 
     def take(self, chunk: TokenChunk) -> Piece | None:
@@ -55,12 +59,18 @@ class Choice:
         logprobs = (chunk.logprobs or ())[:num_read] if self.show_logprobs else ()
         stop = stop if stop is not None else early
         if stop is not None:
-            self.finished = True
+            self.finished = self.cut = True
             return Piece(self.index, text, logprobs, FinishReason.STOP, stop, alone)
+        self.said += text
         self.finished = final
         if not text and not final and not logprobs:
             return None
         return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason, alone)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and answer, as far as it was shown."""
+        return self.request.prompt_token_ids + tuple(self.detokenizer.token_ids)
 
     def _read(self, shown: Sequence[int], chunk: TokenChunk, *, final: bool) -> tuple[str, str | None, int]:
         """The text of a chunk's tokens, why it ends before them all, if it does, and how many it is of."""
@@ -108,6 +118,8 @@ class Generation:
             for index, request in enumerate(requests)
         ]
         self.on_close: Callable[[], None] | None = None
+        self.on_complete: Callable[[Choice], None] | None = None
+        """Called with each choice that was read to its end."""
 
     async def start(self) -> None:
         """Places all sequences. If one is refused, none runs."""
@@ -138,6 +150,8 @@ class Generation:
                     open_choices -= 1
                     if chunk.finish_reason is None:
                         self._client.cancel(chunk.request_id)
+                    elif not choice.cut and chunk.finish_reason is not FinishReason.ABORT and self.on_complete:
+                        self.on_complete(choice)
                 if piece is not None:
                     yield piece
         finally:

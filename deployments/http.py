@@ -102,6 +102,10 @@ def create_app(service: Service) -> FastAPI:
         await service.abort(parse_body(AbortBody, await _body(request)).request_id, tenant)
         return _respond({})
 
+    @app.delete("/v1/sessions/{session_id:path}")
+    async def delete_session(session_id: str, request: Request) -> Response:
+        return _respond(await service.delete_session(session_id, service.gate.identify(request.headers)))
+
     @app.get("/health")
     async def health() -> Response:
         return _respond({"status": "ok"})

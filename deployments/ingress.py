@@ -48,6 +48,10 @@ class ServeCalls:
     async def abort(self, request_ids: list[str], *, instance: str) -> None:
         await self._handle.abort.remote(request_ids, instance=instance)
 
+    async def drop_session(self, tenant: str, session_id: str) -> int:
+        results = await self._handle.broadcast("drop_session", tenant, session_id).results_async()
+        return sum(results)
+
     async def status(self) -> dict[str, Any]:
         status: dict[str, Any] = await self._handle.status.remote()
         return status

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 
 import msgspec
 
@@ -39,6 +40,7 @@ class EngineLoop:
         self._requests: list[tuple[Request, float]] = []
         self._aborts: list[str] = []
         self._abort_ingresses: list[str] = []
+        self._drops: list[tuple[str, str, Future[int]]] = []
         self._admission = Admission(classes)
         self._noted_s = time.monotonic()
         self._admission.note(engine.load(), self._noted_s)
@@ -88,6 +90,18 @@ class EngineLoop:
             self._idle.clear()
             self._work.notify()
 
+    def drop_session(self, tenant: str, session_id: str) -> Future[int]:
+        """Frees what is kept of a session before the next step; the result is how many KV blocks that were."""
+        count: Future[int] = Future()
+        with self._work:
+            if self._stopping:
+                count.set_result(0)
+            else:
+                self._drops.append((tenant, session_id, count))
+                self._idle.clear()
+                self._work.notify()
+        return count
+
     def wait_idle(self, timeout_s: float) -> bool:
         """Whether the engine has nothing to do, waiting up to `timeout_s` for it."""
         return self._idle.wait(timeout_s)
@@ -123,6 +137,7 @@ class EngineLoop:
             requests, self._requests = self._requests, []
             aborts, self._aborts = self._aborts, []
             gone, self._abort_ingresses = set(self._abort_ingresses), []
+            drops, self._drops = self._drops, []
             ended: list[TokenChunk] = []
             for request, received in requests:
                 try:
@@ -132,6 +147,8 @@ class EngineLoop:
             # Aborts come after additions: an abort never overtakes its request.
             aborts += [request_id for request_id, ingress in list(self._owners.items()) if ingress in gone]
             ended += [chunk for request_id in aborts if (chunk := self._engine.abort(request_id)) is not None]
+            for tenant, session_id, count in drops:
+                count.set_result(self._engine.drop_session(tenant, session_id))
             now = time.monotonic()
             if requests or now >= self._noted_s + LOAD_S:
                 self._noted_s = now
@@ -141,7 +158,7 @@ class EngineLoop:
         return not stopping
 
     def _has_work(self) -> bool:
-        return bool(self._engine.has_work or self._requests or self._aborts or self._abort_ingresses)
+        return bool(self._engine.has_work or self._requests or self._aborts or self._abort_ingresses or self._drops)
 
     def _deliver(self, chunks: list[TokenChunk]) -> None:
         by_ingress: dict[str, list[TokenChunk]] = {}

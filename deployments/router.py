@@ -118,6 +118,10 @@ class Router:
         self._check_instance(instance)
         self._loop.abort(request_ids)
 
+    async def drop_session(self, tenant: str, session_id: str) -> int:
+        """Frees what is kept of a session. Returns how many KV blocks that were."""
+        return await asyncio.wrap_future(self._loop.drop_session(tenant, session_id))
+
     async def status(self) -> dict[str, Any]:
         """What this instance is, and how it does."""
         return {
@@ -208,6 +212,8 @@ def engine_settings(config: TailserveConfig, info: ModelInfo, *, num_outcomes: i
         num_blocks=info.num_blocks,
         block_size=info.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
+        session_ttl_s=config.session_ttl_s,
+        session_share=config.session_share,
         step_profile=info.step_profile,
         num_outcomes=num_outcomes,
         draft_branches=config.draft_branches,

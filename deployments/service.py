@@ -17,8 +17,10 @@ from tailserve.deployments.auth import Gate, Tenant
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.generation import Generation
 from tailserve.deployments.openai import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from tailserve.deployments.public import PublicPrefixes
 from tailserve.deployments.responses import ResponseFormat
 from tailserve.deployments.text import TextModel
+from tailserve.deployments.turns import Turns
 from tailserve.engine.errors import InvalidRequestError, NotFoundError, NotReadyError
 from tailserve.engine.sessions import sharing_scope
 from tailserve.engine.types import ModelInfo, Request, SamplingParams
@@ -39,6 +41,8 @@ class Service:
         self._client = client
         self._running: dict[tuple[str, str], list[Generation]] = {}
         """Tenant and request id to what is under way."""
+        self._turns = Turns()
+        self._public = PublicPrefixes(text, config.public_prefixes)
         self.gate = Gate(config.tenants, num_ingresses=config.num_ingresses)
         self.model = model
         self.model_info: ModelInfo | None = None
@@ -73,7 +77,15 @@ class Service:
         self._check_model(body.model)
         slo_class = tenant.choose_class(self._asked_class(body, headers), self._config.default_class)
         request_id = body.request_id or _short(headers, "x-request-id", 128) or uuid.uuid4().hex
-        prompts = await self._prompts(body)
+        session = body.session_id or _short(headers, "x-session-id", 256)
+        scope = sharing_scope(
+            tenant=tenant.name,
+            session_id=session,
+            prompt_cache_key=body.prompt_cache_key,
+            user=body.user,
+            cache_salt=body.cache_salt,
+        )
+        text, prompts = await self._prompts(body, scope)
         choices = [prompt for prompt in prompts for _ in range(body.n)]
         if len(choices) > MAX_CHOICES:
             raise InvalidRequestError(
@@ -81,19 +93,11 @@ class Service:
                 param="n",
             )
         timeout_s = _timeout(headers)
-        session = body.session_id or _short(headers, "x-session-id", 256)
         requests = []
         unique = uuid.uuid4().hex
         for index, prompt in enumerate(choices):
             sampling = self._sampling(body, prompt, info, slo_class)
             seed = (sampling.seed + index) % 2**64
-            scope = sharing_scope(
-                tenant=tenant.name,
-                session_id=session,
-                prompt_cache_key=body.prompt_cache_key,
-                user=body.user,
-                cache_salt=body.cache_salt,
-            )
             requests.append(
                 Request(
                     id=f"{request_id}/{unique}/{index}",
@@ -101,6 +105,8 @@ class Service:
                     sampling=msgspec.structs.replace(sampling, seed=seed),
                     slo_class=slo_class,
                     tenant=tenant.name,
+                    session_id=session,
+                    num_public=self._public.count(prompt),
                     # The choices of one request share their prompt, whoever else may.
                     scope=scope or f"choices:{unique}",
                     age_s=time.monotonic() - arrived,
@@ -116,7 +122,15 @@ class Service:
             early_stop=self._early_stop(body, slo_class),
             show_logprobs=body.top_logprobs_count() is not None,
         )
+        if text is not None and scope is not None:
+            generation.on_complete = lambda choice: self._turns.keep(scope, text + choice.said, choice.token_ids)
         return request_id, generation
+
+    async def delete_session(self, session_id: str, tenant: Tenant) -> dict[str, Any]:
+        """Frees what is kept of a tenant's session, wherever. Requests of it that run go on."""
+        self._turns.drop(sharing_scope(tenant=tenant.name, session_id=session_id) or "")
+        count = await self._client.drop_session(tenant.name, session_id)
+        return {"id": session_id, "object": "session", "deleted": True, "kv_blocks": count}
 
     async def abort(self, request_id: str, tenant: Tenant) -> None:
         """Ends a tenant's request by the id its client knows. NotFoundError if no such request of its own runs here."""
@@ -182,11 +196,13 @@ class Service:
             return self._config.urgent_class
         return None
 
-    async def _prompts(self, body: ChatBody | CompletionBody) -> list[tuple[int, ...]]:
+    async def _prompts(self, body: ChatBody | CompletionBody, scope: str | None) -> tuple[str | None, list[tuple[int, ...]]]:
+        """The text of a conversation; a body's prompts."""
         if isinstance(body, ChatBody):
             text = self._text.render_chat([message.for_template() for message in body.messages])
-            return [tuple(await self._encode(text, add_special_tokens=False))]
-        return [
+            said, token_ids = self._turns.find(scope, text)
+            return text, [(*token_ids, *await self._encode(text[len(said) :], add_special_tokens=False))]
+        return None, [
             tuple(await self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt)
             for prompt in body.prompts()
         ]

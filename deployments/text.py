@@ -159,25 +159,26 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._tokens: list[int] = []
+        self.token_ids: list[int] = []
+        """All that were pushed."""
         self._context = 0
         self._emitted = 0
 
     def push(self, token_ids: Sequence[int], *, final: bool = False) -> str:
         """The text that these tokens complete. With `final`, everything that is left."""
-        self._tokens += token_ids
-        end = len(self._tokens) - (0 if final else self._incomplete())
-        before = self._decode(self._tokens[self._context : self._emitted])
-        text = self._decode(self._tokens[self._context : end])
+        self.token_ids += token_ids
+        end = len(self.token_ids) - (0 if final else self._incomplete())
+        before = self._decode(self.token_ids[self._context : self._emitted])
+        text = self._decode(self.token_ids[self._context : end])
         if end > self._emitted:
             self._context, self._emitted = self._emitted, end
         return text[len(before) :]
 
     def _incomplete(self) -> int:
         """How many tokens at the end are the beginning of a character."""
-        total = len(self._tokens)
+        total = len(self.token_ids)
         for held in range(min(MAX_HELD_TOKENS, total - self._emitted) + 1):
-            if not self._decode(self._tokens[self._context : total - held]).endswith("\ufffd"):
+            if not self._decode(self.token_ids[self._context : total - held]).endswith("\ufffd"):
                 return held
         return min(MAX_HELD_TOKENS, total - self._emitted)
 

@@ -13,6 +13,11 @@ def root_hash(scope: str, adapter: str = "") -> bytes:
     return blake2b(scope.encode(), digest_size=16, key=blake2b(adapter.encode(), digest_size=32).digest()).digest()
 
 
+def join_hash(root: bytes, before: bytes) -> bytes:
+    """The parent of a scope's first blocks behind blocks of another scope, of which `before` is the last."""
+    return blake2b(before, digest_size=16, key=root).digest()
+
+
 def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Hash of a full block: of everything before it (`parent`) and its tokens."""
     return blake2b(array("I", token_ids).tobytes(), digest_size=16, key=parent).digest()
@@ -22,7 +27,8 @@ class BlockPool:
     """Reference counts and contents of `num_blocks` KV blocks. It knows numbers only; the tensors are the verifier's.
 
     A block is *held* (its count is positive), or *free*. A free block with a hash is *cached*: it can be found again until
-    it is needed for something else. Free blocks are taken least recently used first, those without a hash before all.
+    it is needed for something else. Free blocks are taken in this order: those without a hash, then cached ones, least
+    recently used first, then cached ones whose content is pinned, likewise.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -33,16 +39,20 @@ class BlockPool:
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        """Free blocks whose content is pinned."""
+        self.pins: Counter[bytes] = Counter()
+        """Content to how often it is pinned, whether it is there or not."""
 
     @property
     def num_free(self) -> int:
         """Blocks that can be taken now, cached ones included."""
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     @property
     def usage(self) -> float:
         """Share of the blocks that sequences hold, 0 to 1."""
-        return 1.0 - len(self._free) / self.num_blocks
+        return 1.0 - self.num_free / self.num_blocks
 
     def take(self, count: int) -> list[int] | None:
         """`allocate`, or None if there are not so many."""
@@ -50,11 +60,11 @@ class BlockPool:
 
     def allocate(self, count: int) -> list[int]:
         """Takes `count` blocks with undefined content. The caller has checked `num_free`; IndexError otherwise."""
-        if count > len(self._free):
-            raise IndexError(f"{count} blocks asked, {len(self._free)} free")
+        if count > self.num_free:
+            raise IndexError(f"{count} blocks asked, {self.num_free} free")
         taken = []
         for _ in range(count):
-            block, _ = self._free.popitem(last=False)
+            block, _ = (self._free or self._kept).popitem(last=False)
             content = self._hashes[block]
             if content is not None:
                 del self._by_hash[content]
@@ -77,7 +87,7 @@ class BlockPool:
         """Adds one holder to each block."""
         for block in blocks:
             if self._refs[block] == 0:
-                del self._free[block]
+                del self._line(block)[block]
             self._refs[block] += 1
 
     def count_free(self, blocks: Iterable[int]) -> int:
@@ -89,7 +99,7 @@ class BlockPool:
         for block in reversed(blocks):
             self._refs[block] -= 1
             if self._refs[block] == 0:
-                self._free[block] = None
+                self._line(block)[block] = None
                 if self._hashes[block] is None:
                     self._free.move_to_end(block, last=False)
 
@@ -99,17 +109,64 @@ class BlockPool:
             self._hashes[block] = content
             self._by_hash[content] = block
 
+    def pin(self, hashes: Iterable[bytes]) -> None:
+        """Blocks with this content are taken last, until `unpin` is called as often."""
+        for content in hashes:
+            self.pins[content] += 1
+            block = self._by_hash.get(content)
+            if block is not None and block in self._free:
+                del self._free[block]
+                self._kept[block] = None
+
+    def unpin(self, hashes: Iterable[bytes]) -> None:
+        """Undoes `pin`. What is free then counts as used just now."""
+        for content in hashes:
+            self.pins[content] -= 1
+            if not self.pins[content]:
+                del self.pins[content]
+                block = self._by_hash.get(content)
+                if block is not None and block in self._kept:
+                    del self._kept[block]
+                    self._free[block] = None
+
+    def drop(self, hashes: Iterable[bytes]) -> int:
+        """This content cannot be found any more; the blocks that nobody holds are the first to be taken. Returns how many
+        blocks had it."""
+        count = 0
+        for content in hashes:
+            block = self._by_hash.get(content)
+            if block is None:
+                continue
+            count += 1
+            line = self._line(block)
+            del self._by_hash[content]
+            self._hashes[block] = None
+            if block in line:
+                del line[block]
+                self._free[block] = None
+                self._free.move_to_end(block, last=False)
+        return count
+
     def forget(self) -> None:
         """The KV tensors are gone: no content can be found any more. Holders stay; release them first."""
         self._by_hash.clear()
         self._hashes = [None] * self.num_blocks
+        self._free.update(self._kept)
+        self._kept.clear()
 
     def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
         """Every block is free or held, exactly as often as the holders' tables say. AssertionError names what is not."""
         expected = Counter(block for table in holders for block in table)
         for block, refs in enumerate(self._refs):
             assert refs == expected[block], f"block {block}: {refs} references counted, {expected[block]} held"
-            assert (refs == 0) == (block in self._free), f"block {block}: {refs} references, yet free={refs != 0}"
+            lines = (block in self._free) + (block in self._kept)
+            assert lines == (refs == 0), f"block {block}: {refs} references, and in {lines} lines of free ones"
+            assert refs or (block in self._line(block)), f"block {block} is in the wrong line of free ones"
         hashed = {block for block, content in enumerate(self._hashes) if content is not None}
         assert hashed == set(self._by_hash.values()), "the hash index and the blocks disagree"
         assert len(hashed) == len(self._by_hash), "two hashes name one block"
+
+    def _line(self, block: int) -> OrderedDict[int, None]:
+        """Where a block belongs while it is free."""
+        content = self._hashes[block]
+        return self._free if content is None or content not in self.pins else self._kept

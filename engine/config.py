@@ -31,6 +31,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int = 16
     enable_prefix_caching: bool = True
+    session_ttl_s: float = 600.0
+    """For how long a session's blocks are kept after an answer, at most."""
+    session_share: float = 0.5
+    """Of the blocks, how many all sessions together may keep; each tenant an equal part of them."""
     step_profile: tuple[tuple[int, float], ...] = ()
     """Tokens and seconds of steps, as measured before there was traffic."""
     sampled_drafts: bool = False

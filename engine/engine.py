@@ -122,6 +122,10 @@ class Engine:
         """Ends a request and frees its blocks; its last chunk, or None if it has ended already."""
         return self.scheduler.abort(request_id)
 
+    def drop_session(self, tenant: str, session_id: str) -> int:
+        """Forgets what is kept of a session. Returns how many blocks that were."""
+        return self.scheduler.pins.drop(tenant, session_id)
+
     @property
     def executor_lost(self) -> bool:
         """A step is due even without requests: it restarts the executor, so that the next request need not wait."""

@@ -14,6 +14,7 @@ from tailserve.engine.cost import StepTimes
 from tailserve.engine.errors import InvalidRequestError
 from tailserve.engine.fairness import FairShares
 from tailserve.engine.overdue import Overdue
+from tailserve.engine.pins import Pins
 from tailserve.engine.planner import Planner
 from tailserve.engine.residency import Residency
 from tailserve.engine.scheduled import Scheduled
@@ -42,6 +43,7 @@ class Scheduler:
         self._selection = selection
         self.residency = Residency(config, stats)
         self.planner = Planner(config, times)
+        self.pins = Pins(config, self.residency.pool, times)
         self._composition = Composition(self.planner, self.residency, times)
         self._overdue = Overdue(config, times, self.residency)
         self.classes = {slo.name: slo for slo in config.classes}
@@ -83,6 +85,7 @@ class Scheduler:
         seq.awaits_prefix = drafts and slo.speculative_prefix > 0 and may_have_prefix(request.sampling)
         if request.timeout_s is not None:
             self._timed[request.id] = seq
+        self.pins.begin(seq, now)
         self.residency.enter(seq)
         seq.num_found = self.residency.count_cached(seq)
 
@@ -112,6 +115,7 @@ class Scheduler:
         for seq in [seq for seq in self._timed.values() if seq.expired(now)]:
             self._ended.append(self._finish(seq, Stop(FinishReason.LENGTH, "deadline")))
         self._overdue.review(self._sequences.values(), now)
+        self.pins.expire(now)
         if self.config.paced:
             self.residency.yield_slots({name: pace.cap for name, pace in self.planner.paces.items()})
         work, new_blocks, plan = self._composition.compose(now, now if start is None else start)
@@ -177,6 +181,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Every block and every sequence is accounted for exactly once. AssertionError names what is not. O(blocks)."""
         self.residency.check_integrity()
+        self.pins.check_integrity()
         lines = self.residency.running + self.residency.waiting
         assert len(lines) == len(self._sequences), "a sequence is in no line, or in two"
         assert {id(seq) for seq in lines} == {id(seq) for seq in self._sequences.values()}
@@ -228,6 +233,8 @@ class Scheduler:
     ) -> TokenChunk:
         del self._sequences[seq.request.id]
         self._timed.pop(seq.request.id, None)
+        if seq.row is not None:
+            self.pins.end(seq)
         self.residency.remove(seq)
         computed = seq.prompt_len if seq.due_s is not None else 0
         self._shares[seq.slo.priority].end(seq.request.tenant, seq.charge, computed, seq.num_output)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tailserve.engine.blocks import chain_hash, root_hash
+from tailserve.engine.blocks import chain_hash, join_hash, root_hash
 from tailserve.engine.speculation.acceptance import OwnRecord
 from tailserve.engine.types import Request, SloClass, Usage
+
+PUBLIC_SCOPE = "public"
 
 
 class Key(NamedTuple):
@@ -29,6 +31,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_public_root",
         "_root",
         "aimed_s",
         "arrival_s",
@@ -115,6 +118,7 @@ class Sequence:
         # A request that shares with nobody still finds its own blocks again after a preemption.
         scope = request.scope if request.scope is not None else f"request:{request.id}"
         self._root = root_hash(scope, request.adapter)
+        self._public_root = root_hash(PUBLIC_SCOPE, request.adapter)
 
     @property
     def num_output(self) -> int:
@@ -136,10 +140,19 @@ class Sequence:
     def block_hashes(self, count: int, block_size: int) -> list[bytes]:
         """Hashes of the first `count` full blocks."""
         while len(self.hashes) < count:
-            parent = self.hashes[-1] if self.hashes else self._root
             begin = len(self.hashes) * block_size
-            self.hashes.append(chain_hash(parent, self.token_ids[begin : begin + block_size]))
+            self.hashes.append(chain_hash(self._parent(block_size), self.token_ids[begin : begin + block_size]))
         return self.hashes[:count]
+
+    def _parent(self, block_size: int) -> bytes:
+        """Of the next block's hash."""
+        num_public, count = self.request.num_public // block_size, len(self.hashes)
+        if count < num_public:
+            return self.hashes[-1] if count else self._public_root
+        if count == num_public:
+            # Behind what is public the scope begins.
+            return join_hash(self._root, self.hashes[-1]) if count else self._root
+        return self.hashes[-1]
 
     def usage(self) -> Usage:
         rejected = self.num_drafted - self.num_accepted_drafts

@@ -80,8 +80,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     slo_class: str
     tenant: str = ""
+    session_id: str | None = None
+    """The conversation it is a turn of: its blocks are kept for the next."""
     scope: str | None = None
     """Whose KV blocks this request may share; None shares with nobody. See `tailserve.engine.sessions`."""
+    num_public: int = 0
+    """Tokens that its prompt begins with and that the operator has declared public: anybody may share their blocks."""
     adapter: str = ""
     """Part of the block hash: blocks of different adapters differ."""
     age_s: float = 0.0

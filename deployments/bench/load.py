@@ -48,6 +48,8 @@ class Sample:
     pieces: list[float] = field(default_factory=list)
     """When each piece of the answer arrived."""
     num_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     text: str = ""
     error: str | None = None
 
@@ -65,8 +67,14 @@ class Sample:
         return [after - before for before, after in zip(self.pieces, self.pieces[1:], strict=False)]
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _Usage(msgspec.Struct):
     completion_tokens: int = 0
+    prompt_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Delta(msgspec.Struct):
@@ -151,6 +159,8 @@ class Client:
             sample.error = str(decoded.error)
         if decoded.usage is not None:
             sample.num_tokens = decoded.usage.completion_tokens
+            sample.prompt_tokens = decoded.usage.prompt_tokens
+            sample.cached_tokens = (decoded.usage.prompt_tokens_details or _PromptDetails()).cached_tokens or 0
         for choice in decoded.choices:
             # A chat's opening event carries the role only: nobody has read anything by then.
             if choice.delta is not None and choice.delta.role is not None and not choice.delta.content:

@@ -8,6 +8,7 @@ import signal
 import time
 from itertools import pairwise
 
+import httpx
 import openai
 import pytest
 from harness import MODEL, PROMPTS, SLOTS, Server, stream_text
@@ -209,3 +210,23 @@ async def _pid(server: Server, process: str) -> int | None:
         return (await server.processes())[process]
     except RayError:
         return None  # on its way back
+
+
+def test_a_second_turn_finds_the_first_until_its_session_is_deleted(server: Server) -> None:
+    messages = [{"role": "user", "content": "Tell me about the sea, and begin with its colour."}]
+
+    def turn() -> tuple[int, int]:
+        """Tokens of the prompt, and how many of them were found."""
+        answer = server.client.chat.completions.create(
+            model=MODEL, messages=messages, temperature=0, max_tokens=32, extra_headers={"X-Session-ID": "sea"}
+        )  # type: ignore[call-overload]
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        messages.append({"role": "user", "content": "Go on."})
+        return answer.usage.prompt_tokens, answer.usage.prompt_tokens_details.cached_tokens
+
+    first, _ = turn()
+    _, cached = turn()
+    assert cached >= first
+    deleted = httpx.delete(f"{server.url}/v1/sessions/sea").json()
+    assert deleted["kv_blocks"] > 0
+    assert turn()[1] == 0

@@ -80,6 +80,9 @@ class LocalCalls:
         self.aborted += request_ids
         self.loop.abort(request_ids)
 
+    async def drop_session(self, tenant: str, session_id: str) -> int:
+        return await asyncio.wrap_future(self.loop.drop_session(tenant, session_id))
+
     async def status(self) -> dict[str, Any]:
         return {}
 
