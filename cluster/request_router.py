@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from tailserve.cluster.affinity import LOADS, choose_instance
 
 
 class InstanceRequestRouter(RequestRouter):
-    """Calls with a keyword argument `instance` go to that replica, all others to the one with the fewest open calls.
+    """Calls with a keyword argument `instance` go to that replica, those with a `session` where `choose_instance` says
+    (`last`: where that session was), all others to the one with the fewest open calls.
 
     When the named replica is gone the call goes to any other, which then says so: a call must not wait for a replica that
     will not come back.
@@ -16,6 +21,10 @@ class InstanceRequestRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """One rank of candidates; Serve takes the least busy of a rank."""
-        instance = pending_request.kwargs.get("instance") if pending_request is not None else None
+        asked = pending_request.kwargs if pending_request is not None else {}
+        instance, session = asked.get("instance"), asked.get("session")
+        if session is not None and candidate_replicas:
+            names = [replica.replica_id.unique_id for replica in candidate_replicas]
+            instance = choose_instance(session, LOADS.waiting(names, time.monotonic()), asked.get("last"))
         pinned = [replica for replica in candidate_replicas if replica.replica_id.unique_id == instance]
         return [pinned or candidate_replicas]

@@ -5,23 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Protocol
 
 import msgspec
 
+from tailserve.cluster.affinity import LOADS
 from tailserve.deployments.streams import StepMessage
 from tailserve.engine.errors import NotReadyError
 from tailserve.engine.types import FinishReason, Request, TokenChunk
 
 logger = logging.getLogger(__name__)
 
+MOST_HOMES = 100_000
+"""Sessions whose instance an ingress remembers; others go where their names say."""
+
 
 class RouterCalls(Protocol):
     """The router deployment's methods, as coroutines; see `tailserve.deployments.router.Router`."""
 
-    async def submit(self, request: bytes, ingress: str) -> str: ...
+    async def submit(self, request: bytes, ingress: str, *, session: str | None, last: str | None) -> str: ...
     def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]: ...
     async def abort(self, request_ids: list[str], *, instance: str) -> None: ...
     async def drop_session(self, tenant: str, session_id: str) -> int: ...
@@ -38,6 +43,8 @@ class RouterClient:
         self._queues: dict[str, asyncio.Queue[TokenChunk]] = {}
         self._instances: dict[str, str] = {}
         """Request id to the instance that accepted it."""
+        self._homes: dict[str, str] = {}
+        """Session to the instance that took its last request, the longest unheard of first."""
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._decoder = msgspec.msgpack.Decoder(StepMessage)
@@ -48,8 +55,11 @@ class RouterClient:
         NotReadyError when no instance takes it in time; what the router raises otherwise.
         """
         self._queues[request.id] = queue
-        call = self._spawn(self._calls.submit(msgspec.msgpack.encode(request), self._ingress))
-        call.add_done_callback(lambda done: self._placed(request.id, done))
+        session = request.scope if request.session_id is not None else None
+        last = None if session is None else self._homes.get(session)
+        encoded = msgspec.msgpack.encode(request)
+        call = self._spawn(self._calls.submit(encoded, self._ingress, session=session, last=last))
+        call.add_done_callback(lambda done: self._placed(request.id, session, done))
         try:
             await asyncio.wait_for(asyncio.shield(call), self._submit_timeout_s)
         except TimeoutError:
@@ -59,11 +69,16 @@ class RouterClient:
             self.cancel(request.id)
             raise
 
-    def _placed(self, request_id: str, call: asyncio.Task[str]) -> None:
+    def _placed(self, request_id: str, session: str | None, call: asyncio.Task[str]) -> None:
         """Whoever waited for it may have left: then the request is ended where it was placed."""
         if call.cancelled() or call.exception() is not None:
             return
         self._instances[request_id] = call.result()
+        if session is not None:
+            self._homes.pop(session, None)
+            self._homes[session] = call.result()
+            if len(self._homes) > MOST_HOMES:
+                del self._homes[next(iter(self._homes))]
         self._read(call.result())
         if request_id not in self._queues:
             self.cancel(request_id)
@@ -97,6 +112,7 @@ class RouterClient:
             self._read(instance)
 
     def _dispatch(self, message: StepMessage, instance: str) -> None:
+        LOADS.note(instance, message.load.num_waiting, time.monotonic())
         strays = []
         for chunk in message.chunks:
             queue = self._queues.get(chunk.request_id)

@@ -32,9 +32,9 @@ class ServeCalls:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def submit(self, request: bytes, ingress: str) -> str:
+    async def submit(self, request: bytes, ingress: str, *, session: str | None, last: str | None) -> str:
         try:
-            answer: str | TailserveError = await self._handle.submit.remote(request, ingress)
+            answer: str | TailserveError = await self._handle.submit.remote(request, ingress, session=session, last=last)
         except RayError as error:
             raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
         if isinstance(answer, TailserveError):

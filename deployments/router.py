@@ -93,8 +93,17 @@ class Router:
         link.start()
         return link
 
-    async def submit(self, request: bytes, ingress: str) -> str | TailserveError:
+    async def submit(
+        self,
+        request: bytes,
+        ingress: str,
+        *,
+        session: str | None = None,
+        last: str | None = None,
+    ) -> str | TailserveError:
         """Accepts an encoded `Request` and returns this instance's name, to read the stream from.
+
+        `session`, `last`: what `InstanceRequestRouter` goes by.
 
         Refusals (see `EngineLoop.submit`) are returned, not raised: Serve logs a traceback for whatever a replica raises,
         and being full is no accident.

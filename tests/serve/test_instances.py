@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -79,3 +80,35 @@ async def test_both_instances_answer_and_the_draft_model_agrees_some_of_the_time
     handle = serve.get_deployment_handle("Router", NAME)
     instances = {(await handle.status.remote())["instance"] for _ in range(40)}
     assert len(instances) == 2
+
+
+async def test_a_session_finds_its_blocks_whichever_instance_has_them(url: str) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+
+        async def chat(number: int) -> list[tuple[int, int]]:
+            """The tokens of each turn's prompt, and how many of them were found."""
+            text, seen = " ".join(f"{number} {word}" for word in ["one", "two", "three", "four", "five", "six", "seven"]), []
+            for _ in range(4):
+                answer = await client.completions.create(
+                    model="tiny",
+                    prompt=text,
+                    max_tokens=8,
+                    temperature=0,
+                    extra_body={"ignore_eos": True, "session_id": f"session {number}"},
+                )
+                assert answer.usage is not None
+                assert answer.usage.prompt_tokens_details is not None
+                seen.append((answer.usage.prompt_tokens, answer.usage.prompt_tokens_details.cached_tokens or 0))
+                text += answer.choices[0].text + " and what then?"
+            return seen
+
+        chats = await asyncio.gather(*(chat(number) for number in range(8)))
+    for seen in chats:
+        for (before, _), (_, cached) in pairwise(seen):
+            assert cached >= before // 16 * 16
+    handle = serve.get_deployment_handle("Router", NAME)
+    hits = {}
+    while len(hits) < 2:
+        status = await handle.status.remote()
+        hits[status["instance"]] = status["stats"]["prefix_cache_hits"]
+    assert min(hits.values()) > 0

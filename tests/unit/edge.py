@@ -67,7 +67,7 @@ class LocalCalls:
         self.loop = EngineLoop(self.engine, settings.classes, self.outboxes.publish)
         self.aborted: list[str] = []
 
-    async def submit(self, request: bytes, ingress: str) -> str:
+    async def submit(self, request: bytes, ingress: str, **_: Any) -> str:
         self.loop.submit(msgspec.msgpack.decode(request, type=Request), ingress)
         self.outboxes.open_request(ingress)
         return "here"

@@ -3,6 +3,7 @@ import asyncio
 import msgspec
 import pytest
 
+from tailserve.deployments import client as client_module
 from tailserve.deployments import streams
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.streams import Outboxes, StepMessage
@@ -61,11 +62,13 @@ class Instances:
         self.aborted: list[str] = []
         self.boxes = {name: asyncio.Queue[bytes]() for name in ("here", "broken")}
         self.target = "here"
+        self.asked: list[dict[str, str | None]] = []
         self.slow = asyncio.Event()
         self.slow.set()
 
-    async def submit(self, data: bytes, ingress: str) -> str:
+    async def submit(self, data: bytes, ingress: str, **affinity: str | None) -> str:
         await self.slow.wait()
+        self.asked.append(affinity)
         return self.target
 
     async def stream(self, ingress: str, *, instance: str):  # type: ignore[no-untyped-def]
@@ -129,3 +132,21 @@ async def test_a_request_cancelled_before_it_was_placed_needs_no_stream_to_be_en
     while not instances.aborted:
         await asyncio.sleep(0.005)
     assert set(instances.aborted) == {"r"}
+
+
+async def test_a_session_asks_for_the_instance_it_was_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "MOST_HOMES", 2)
+    instances = Instances()
+    client = RouterClient(instances, submit_timeout_s=5)
+    for number, session_id in enumerate([None, "s", "s", "t", "u", "s"]):
+        scope = None if session_id is None else f"scope of {session_id}"
+        asked = msgspec.structs.replace(request(str(number)), session_id=session_id, scope=scope)
+        await client.submit(asked, asyncio.Queue())
+    assert [(asked["session"], asked["last"]) for asked in instances.asked] == [
+        (None, None),
+        ("scope of s", None),
+        ("scope of s", "here"),
+        ("scope of t", None),
+        ("scope of u", None),
+        ("scope of s", None),
+    ]
