@@ -38,18 +38,18 @@ _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
     """Accepted, without effect."""
     continuous_usage_stats: bool = False
 
 
-class GenerationBody(_Strict):
+class GenerationBody(Strict):
     """What both completion routes take."""
 
     model: str | None = None
@@ -79,7 +79,6 @@ class GenerationBody(_Strict):
     prompt_cache_key: str | None = Field(default=None, min_length=1, max_length=256)
     # Accepted, without effect here.
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
     safety_identifier: str | None = None
     response_format: dict[str, str] | None = None
 
@@ -124,12 +123,12 @@ class GenerationBody(_Strict):
         )
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
@@ -150,6 +149,8 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = Field(min_length=1, max_length=4096)
+    store: Literal[False] | None = None
+    """Accepted, without effect."""
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
@@ -167,6 +168,8 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
+    store: Literal[False] | None = None
+    """Accepted, without effect."""
     prompt: str | list[_TokenId] | Annotated[list[str] | list[list[_TokenId]], Field(max_length=64)]
     max_tokens: int | None = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -189,7 +192,7 @@ class CompletionBody(GenerationBody):
         return [entry for entry in prompt if not isinstance(entry, int)]
 
 
-class TokenizeBody(_Strict):
+class TokenizeBody(Strict):
     """POST /tokenize: a prompt, or messages."""
 
     model: str | None = None
@@ -198,14 +201,14 @@ class TokenizeBody(_Strict):
     add_special_tokens: bool = True
 
 
-class DetokenizeBody(_Strict):
+class DetokenizeBody(Strict):
     """POST /detokenize"""
 
     model: str | None = None
     tokens: list[_TokenId]
 
 
-class AbortBody(_Strict):
+class AbortBody(Strict):
     """POST /abort_request"""
 
     request_id: str = Field(min_length=1)

@@ -76,8 +76,8 @@ class Service:
         info = self.ready_info()
         self._check_model(body.model)
         slo_class = tenant.choose_class(self._asked_class(body, headers), self._config.default_class)
-        request_id = body.request_id or _short(headers, "x-request-id", 128) or uuid.uuid4().hex
-        session = body.session_id or _short(headers, "x-session-id", 256)
+        request_id = body.request_id or short_header(headers, "x-request-id", 128) or uuid.uuid4().hex
+        session = body.session_id or short_header(headers, "x-session-id", 256)
         scope = sharing_scope(
             tenant=tenant.name,
             session_id=session,
@@ -135,7 +135,7 @@ class Service:
     async def abort(self, request_id: str, tenant: Tenant) -> None:
         """Ends a tenant's request by the id its client knows. NotFoundError if no such request of its own runs here."""
         # Clients know the id they gave, or the one in the response.
-        names = [request_id, request_id.removeprefix("chatcmpl-"), request_id.removeprefix("cmpl-")]
+        names = [request_id, *(request_id.removeprefix(prefix) for prefix in ("chatcmpl-", "cmpl-", "resp_"))]
         found = (self._running.get((tenant.name, name)) for name in names)
         running = next((generations for generations in found if generations), None)
         if running is None:
@@ -260,7 +260,8 @@ def _too_long(num_tokens: str, limit: int) -> InvalidRequestError:
     )
 
 
-def _short(headers: Mapping[str, str], name: str, limit: int) -> str | None:
+def short_header(headers: Mapping[str, str], name: str, limit: int) -> str | None:
+    """A header's value, if there is one. InvalidRequestError if it is longer than `limit`."""
     value = headers.get(name)
     if value is not None and len(value) > limit:
         raise InvalidRequestError(f"{name} has {len(value)} characters, at most {limit} are allowed", param=name)

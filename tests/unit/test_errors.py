@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 
-from tailserve.deployments.http import STATUS
+from tailserve.deployments.http_answers import STATUS
 from tailserve.engine import errors
 
 ALL = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.TailserveError)]

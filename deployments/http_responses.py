@@ -1,0 +1,138 @@
+"""Routes of the Responses API, over HTTP and over one WebSocket for a whole conversation."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
+from fastapi.responses import Response
+
+from tailserve.deployments.auth import Tenant
+from tailserve.deployments.http_answers import MAX_BODY_BYTES, EventStreamResponse, error_of, read_body, respond
+from tailserve.deployments.openai import parse_body
+from tailserve.deployments.responder import Responder
+from tailserve.deployments.response_events import ResponseObject, response_events, server_sent
+from tailserve.deployments.responses_body import ResponsesBody
+from tailserve.deployments.service import Service
+from tailserve.engine.errors import InvalidRequestError, TailserveError
+
+
+def add_response_routes(app: FastAPI, service: Service) -> None:
+    """`/v1/responses` and what belongs to it."""
+    responder = Responder(service)
+
+    @app.post("/v1/responses")
+    async def create(request: Request) -> Response:
+        tenant = service.gate.identify(request.headers)
+        service.ready_info()
+        body = parse_body(ResponsesBody, await read_body(request))
+        response = await responder.start(body, request.headers, tenant)
+        if body.stream:
+            return EventStreamResponse(server_sent(response_events(response)), response.generation)
+        async for _ in response_events(response):
+            pass
+        return respond(response.data(), 500 if response.status == "failed" else 200)
+
+    @app.get("/v1/responses/{response_id}")
+    async def get(response_id: str, request: Request) -> Response:
+        return respond(responder.get(response_id, service.gate.identify(request.headers)))
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str, request: Request) -> Response:
+        return respond(responder.delete(response_id, service.gate.identify(request.headers)))
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel(response_id: str, request: Request) -> Response:
+        await responder.cancel(response_id, service.gate.identify(request.headers))
+        return respond({"id": response_id, "object": "response", "status": "cancelled"})
+
+    @app.websocket("/v1/responses")
+    async def converse(socket: WebSocket) -> None:
+        await socket.accept()
+        try:
+            tenant = service.gate.identify(socket.headers)
+        except TailserveError as error:
+            await socket.send_text(_frame(_error_event(error)))
+            await socket.close(1008)
+            return
+        await Conversation(socket, service, responder, tenant).run()
+
+
+class Conversation:
+    """One WebSocket: `response.create` and `response.cancel` in, events out. One response at a time; it ends when the socket
+    does."""
+
+    def __init__(self, socket: WebSocket, service: Service, responder: Responder, tenant: Tenant) -> None:
+        self._socket = socket
+        self._service = service
+        self._responder = responder
+        self._tenant = tenant
+        self._response: ResponseObject | None = None
+        self._sending: asyncio.Task[None] | None = None
+
+    async def run(self) -> None:
+        """Until the client leaves."""
+        try:
+            while True:
+                text = await self._socket.receive_text()
+                try:
+                    await self._take(text)
+                except TailserveError as error:
+                    await self._socket.send_text(_frame(_error_event(error)))
+        except (WebSocketDisconnect, RuntimeError):
+            pass  # starlette raises RuntimeError for a send or receive behind the end
+        finally:
+            if self._response is not None:
+                self._response.generation.close()
+            if self._sending is not None:
+                self._sending.cancel()
+
+    async def _take(self, text: str) -> None:
+        fields = _fields(text)
+        kind = fields.pop("type", None)
+        if kind == "response.cancel":
+            if self._response is not None:
+                self._response.generation.abort()
+            return
+        if kind != "response.create":
+            raise InvalidRequestError(f"type is {kind!r}: send response.create or response.cancel", param="type")
+        if self._response is not None and self._response.status == "in_progress":
+            raise InvalidRequestError("a response is under way: wait for its end, or send response.cancel", param="type")
+        if self._sending is not None:
+            # Its last events may be on their way still.
+            await self._sending
+        self._service.ready_info()
+        body = parse_body(ResponsesBody, msgspec.json.encode(fields))
+        self._response = await self._responder.start(body, self._socket.headers, self._tenant)
+        self._sending = asyncio.create_task(self._send(self._response))
+
+    async def _send(self, response: ResponseObject) -> None:
+        try:
+            async for event in response_events(response):
+                await self._socket.send_text(_frame(event))
+        except (WebSocketDisconnect, RuntimeError):
+            response.generation.close()
+
+
+def _fields(text: str) -> dict[str, Any]:
+    if len(text) > MAX_BODY_BYTES:
+        raise InvalidRequestError(f"the message is larger than {MAX_BODY_BYTES >> 20} MiB")
+    try:
+        fields = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequestError(f"the message is no JSON: {error}", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequestError("the message must be a JSON object", code="invalid_json")
+    # Bodies of the HTTP API may be sent as they are; here every response is streamed.
+    return {name: value for name, value in fields.items() if name != "stream"}
+
+
+def _frame(event: dict[str, Any]) -> str:
+    return msgspec.json.encode(event).decode()
+
+
+def _error_event(error: TailserveError) -> dict[str, Any]:
+    status, content = error_of(error)
+    return {"type": "error", "status": status, "error": content}

@@ -1,0 +1,56 @@
+"""What the Responses API does: turns that go on from stored ones."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from tailserve.deployments.auth import Tenant
+from tailserve.deployments.conversations import Conversations, StoredResponse
+from tailserve.deployments.response_events import ResponseObject
+from tailserve.deployments.responses_body import ResponsesBody
+from tailserve.deployments.service import Service, short_header
+
+
+class Responder:
+    """Runs each response as a chat with the whole conversation."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._conversations = Conversations()
+
+    async def start(self, body: ResponsesBody, headers: Mapping[str, str], tenant: Tenant) -> ResponseObject:
+        """Places a response's sequence. Every way to refuse it raises before the first event.
+
+        The turns of a conversation are one session, named by the first of them unless its client names it.
+        """
+        before = None
+        if body.previous_response_id is not None:
+            before = self._conversations.get(tenant.name, body.previous_response_id, "previous_response_id")
+        known = None if before is None else before.session_id
+        session_id = body.session_id or short_header(headers, "x-session-id", 256) or known or uuid.uuid4().hex
+        history = () if before is None else before.messages
+        form, generation = await self._service.start(body.as_chat(history, session_id), headers, tenant)
+        response = ResponseObject(f"resp_{form.id.removeprefix('chatcmpl-')}", body, form, session_id, generation)
+        if body.store:
+            response.on_end = lambda: self._keep(tenant, response, (*history, *body.items()))
+        return response
+
+    def get(self, response_id: str, tenant: Tenant) -> dict[str, Any]:
+        """A stored response. NotFoundError if there is none (any more)."""
+        return self._conversations.get(tenant.name, response_id).response
+
+    def delete(self, response_id: str, tenant: Tenant) -> dict[str, Any]:
+        """Forgets a response; its session's KV blocks stay until they expire, or are deleted."""
+        self._conversations.drop(tenant.name, response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    async def cancel(self, response_id: str, tenant: Tenant) -> None:
+        """Ends a response that runs. NotFoundError if none of this name does."""
+        await self._service.abort(response_id, tenant)
+
+    def _keep(self, tenant: Tenant, response: ResponseObject, messages: tuple[dict[str, str], ...]) -> None:
+        said = {"role": "assistant", "content": response.text}
+        stored = StoredResponse(response.data(), (*messages, said), response.session_id)
+        self._conversations.keep(tenant.name, stored)
