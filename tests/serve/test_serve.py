@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from itertools import pairwise
+from typing import Any
 
 import httpx
 import openai
@@ -230,3 +231,34 @@ def test_a_second_turn_finds_the_first_until_its_session_is_deleted(server: Serv
     deleted = httpx.delete(f"{server.url}/v1/sessions/sea").json()
     assert deleted["kv_blocks"] > 0
     assert turn()[1] == 0
+
+
+async def test_two_turns_over_one_websocket(client: openai.AsyncOpenAI) -> None:
+    async with client.responses.connect() as connection:
+        answers: list[Any] = []
+        for text in ("Tell me about the moon, and begin with its colour.", "Go on."):
+            previous = {"previous_response_id": answers[-1].id} if answers else {}
+            await connection.response.create(model=MODEL, input=text, max_output_tokens=32, temperature=0, **previous)
+            async for event in connection:
+                if event.type in ("response.completed", "response.incomplete"):
+                    answers.append(event.response)
+                    break
+    first, second = answers
+    assert second.usage.input_tokens_details.cached_tokens >= first.usage.input_tokens
+
+
+@pytest.mark.parametrize("how", ["cancel", "drop"])
+async def test_a_websocket_that_is_cancelled_or_dropped_frees_its_sequence(
+    server: Server, client: openai.AsyncOpenAI, how: str
+) -> None:
+    async with client.responses.connect() as connection:
+        await connection.response.create(model=MODEL, input="Tell me a long story.", max_output_tokens=1500, temperature=0)
+        while (await connection.recv()).type != "response.output_text.delta":
+            pass
+        steps = (await server.status())["stats"]["steps"]
+        if how == "cancel":
+            await connection.send_raw('{"type": "response.cancel"}')
+    while (status := await server.status())["load"]["num_running"]:
+        await asyncio.sleep(0)
+    # Two steps, and those during which the message and the question were on their way.
+    assert status["stats"]["steps"] - steps < 30

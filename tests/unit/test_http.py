@@ -80,7 +80,7 @@ async def test_headers_have_the_limits_of_the_fields(edge: Edge) -> None:
 
 
 async def test_a_body_that_is_too_large(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tailserve.deployments.http.MAX_BODY_BYTES", 100)
+    monkeypatch.setattr("tailserve.deployments.http_answers.MAX_BODY_BYTES", 100)
     response = await edge.http.post("/v1/completions", json={"prompt": "a" * 200})
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
@@ -93,7 +93,7 @@ async def test_too_many_prompts_are_told_the_limit(edge: Edge) -> None:
 
 
 async def test_an_accident_has_the_shape_of_an_error(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def broken(request: bytes, ingress: str) -> str:
+    async def broken(request: bytes, ingress: str, **_: object) -> str:
         raise ValueError("a bug")
 
     monkeypatch.setattr(edge.calls, "submit", broken)
@@ -203,7 +203,7 @@ async def test_errors_as_the_client_knows_them(edge: Edge, monkeypatch: pytest.M
     with pytest.raises(openai.NotFoundError):
         await edge.client.models.retrieve("nope")
 
-    async def full(request: bytes, ingress: str) -> str:
+    async def full(request: bytes, ingress: str, **_: object) -> str:
         raise QueueFullError("full", retry_after_s=2.4)
 
     monkeypatch.setattr(edge.calls, "submit", full)
