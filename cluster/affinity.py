@@ -8,6 +8,8 @@ from hashlib import blake2b
 
 BOUND = 1.25
 """Of the mean number of waiting requests, how many an instance may have and still get a session that is not new to it."""
+FEW = 3
+"""Waiting requests that are soon begun: to read a session's tokens again would take longer."""
 FRESH_S = 0.5
 """How old what an instance said of its load may be."""
 
@@ -23,8 +25,9 @@ class Loads:
 
     def waiting(self, instances: Collection[str], now: float) -> dict[str, int]:
         """Of those that said something lately; others count as idle."""
-        self._noted = {name: noted for name, noted in self._noted.items() if now < noted[1] + FRESH_S}
-        return {name: self._noted.get(name, (0, now))[0] for name in instances}
+        # Serve may read it in another thread than that of the streams.
+        noted = {name: self._noted.get(name, (0, now)) for name in instances}
+        return {name: count if now < then + FRESH_S else 0 for name, (count, then) in noted.items()}
 
 
 LOADS = Loads()
@@ -38,7 +41,7 @@ def choose_instance(session: str, waiting: Mapping[str, int], last: str | None =
     session's own: rendezvous hashing (Thaler and Ravishankar 1998) with bounded loads (Mirrokni et al. 2018), so that all
     ingresses choose alike, and only the sessions of an instance that is gone move.
     """
-    limit = math.ceil(BOUND * (sum(waiting.values()) + 1) / len(waiting))
+    limit = math.ceil(BOUND * (sum(waiting.values()) + 1) / len(waiting)) + FEW
     order = sorted(waiting, key=lambda name: blake2b(f"{session}\0{name}".encode(), digest_size=8).digest())
     if last is not None and last in waiting:
         order.insert(0, last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import msgspec
@@ -16,7 +17,9 @@ from tailserve.deployments.responder import Responder
 from tailserve.deployments.response_events import ResponseObject, response_events, server_sent
 from tailserve.deployments.responses_body import ResponsesBody
 from tailserve.deployments.service import Service
-from tailserve.engine.errors import InvalidRequestError, TailserveError
+from tailserve.engine.errors import InternalError, InvalidRequestError, TailserveError
+
+logger = logging.getLogger(__name__)
 
 
 def add_response_routes(app: FastAPI, service: Service) -> None:
@@ -45,7 +48,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses/{response_id}/cancel")
     async def cancel(response_id: str, request: Request) -> Response:
-        await responder.cancel(response_id, service.gate.identify(request.headers))
+        responder.cancel(response_id, service.gate.identify(request.headers))
         return respond({"id": response_id, "object": "response", "status": "cancelled"})
 
     @app.websocket("/v1/responses")
@@ -54,7 +57,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         try:
             tenant = service.gate.identify(socket.headers)
         except TailserveError as error:
-            await socket.send_text(_frame(_error_event(error)))
+            await socket.send_text(msgspec.json.encode(_error_event(error)).decode())
             await socket.close(1008)
             return
         await Conversation(socket, service, responder, tenant).run()
@@ -75,21 +78,18 @@ class Conversation:
     async def run(self) -> None:
         """Until the client leaves."""
         try:
-            while True:
-                text = await self._socket.receive_text()
+            while (message := await self._socket.receive())["type"] != "websocket.disconnect":
                 try:
-                    await self._take(text)
+                    await self._take(message.get("text"))
                 except TailserveError as error:
-                    await self._socket.send_text(_frame(_error_event(error)))
-        except (WebSocketDisconnect, RuntimeError):
-            pass  # starlette raises RuntimeError for a send or receive behind the end
+                    await self._tell(_error_event(error))
         finally:
             if self._response is not None:
                 self._response.generation.close()
             if self._sending is not None:
                 self._sending.cancel()
 
-    async def _take(self, text: str) -> None:
+    async def _take(self, text: str | None) -> None:
         fields = _fields(text)
         kind = fields.pop("type", None)
         if kind == "response.cancel":
@@ -98,7 +98,8 @@ class Conversation:
             return
         if kind != "response.create":
             raise InvalidRequestError(f"type is {kind!r}: send response.create or response.cancel", param="type")
-        if self._response is not None and self._response.status == "in_progress":
+        running = self._sending is not None and not self._sending.done()
+        if running and self._response is not None and self._response.status == "in_progress":
             raise InvalidRequestError("a response is under way: wait for its end, or send response.cancel", param="type")
         if self._sending is not None:
             # Its last events may be on their way still.
@@ -111,12 +112,25 @@ class Conversation:
     async def _send(self, response: ResponseObject) -> None:
         try:
             async for event in response_events(response):
-                await self._socket.send_text(_frame(event))
-        except (WebSocketDisconnect, RuntimeError):
+                await self._tell(event)
+        except Exception as error:
+            logger.exception("response %s failed", response.id)
+            response.status = "failed"
+            await self._tell(_error_event(InternalError(f"internal error: {type(error).__name__}")))
+        finally:
             response.generation.close()
 
+    async def _tell(self, event: dict[str, Any]) -> None:
+        try:
+            await self._socket.send_text(msgspec.json.encode(event).decode())
+        except (WebSocketDisconnect, RuntimeError):
+            # Starlette's words for a client that has left; `receive` says so, too.
+            logger.debug("a client left before %s", event["type"])
 
-def _fields(text: str) -> dict[str, Any]:
+
+def _fields(text: str | None) -> dict[str, Any]:
+    if text is None:
+        raise InvalidRequestError("the message is binary: send JSON as text", code="invalid_json")
     if len(text) > MAX_BODY_BYTES:
         raise InvalidRequestError(f"the message is larger than {MAX_BODY_BYTES >> 20} MiB")
     try:
@@ -127,10 +141,6 @@ def _fields(text: str) -> dict[str, Any]:
         raise InvalidRequestError("the message must be a JSON object", code="invalid_json")
     # Bodies of the HTTP API may be sent as they are; here every response is streamed.
     return {name: value for name, value in fields.items() if name != "stream"}
-
-
-def _frame(event: dict[str, Any]) -> str:
-    return msgspec.json.encode(event).decode()
 
 
 def _error_event(error: TailserveError) -> dict[str, Any]:

@@ -123,6 +123,10 @@ class EngineLoop:
             self.failure = error
         with self._work:
             self._stopping = True
+            drops, self._drops = self._drops, []
+        for _, _, count in drops:
+            if count.set_running_or_notify_cancel():
+                count.set_result(0)
         # Those in the inbox included. The engine's own state is in doubt after a failure.
         text = "the instance stopped; the request was not completed"
         self._deliver([TokenChunk(name, finish_reason=FinishReason.ERROR, error=text) for name in list(self._owners)])
@@ -148,7 +152,10 @@ class EngineLoop:
             aborts += [request_id for request_id, ingress in list(self._owners.items()) if ingress in gone]
             ended += [chunk for request_id in aborts if (chunk := self._engine.abort(request_id)) is not None]
             for tenant, session_id, count in drops:
-                count.set_result(self._engine.drop_session(tenant, session_id))
+                # Whoever asked may have left; the session is dropped all the same.
+                dropped = self._engine.drop_session(tenant, session_id)
+                if count.set_running_or_notify_cancel():
+                    count.set_result(dropped)
             now = time.monotonic()
             if requests or now >= self._noted_s + LOAD_S:
                 self._noted_s = now

@@ -24,6 +24,7 @@ UNSUPPORTED: dict[str, list[Any]] = {
     "audio": [],
     "prediction": [],
     "reasoning_effort": ["none"],
+    "reasoning": [{}, {"effort": None}, {"effort": None, "summary": None}],
     "verbosity": ["medium"],
     "web_search_options": [],
     "repetition_detection": [],
@@ -33,6 +34,8 @@ UNSUPPORTED: dict[str, list[Any]] = {
 }
 """Fields of the API that are not built yet, with the values that ask for nothing. Others are refused, not ignored."""
 
+MAX_MESSAGES = 4096
+"""Of one conversation."""
 Body = TypeVar("Body", bound=BaseModel)
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -148,7 +151,7 @@ class Message(Strict):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1, max_length=4096)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     store: Literal[False] | None = None
     """Accepted, without effect."""
     max_tokens: int | None = Field(default=None, ge=1)

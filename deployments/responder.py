@@ -6,11 +6,15 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from tailserve.deployments.auth import Tenant
-from tailserve.deployments.conversations import Conversations, StoredResponse
+from tailserve.deployments.conversations import StoredResponse
+from tailserve.deployments.generation import Generation
 from tailserve.deployments.response_events import ResponseObject
 from tailserve.deployments.responses_body import ResponsesBody
 from tailserve.deployments.service import Service, short_header
+from tailserve.engine.errors import NotFoundError
 
 
 class Responder:
@@ -18,39 +22,62 @@ class Responder:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._conversations = Conversations()
+        self._running: dict[tuple[str, str], Generation] = {}
+        """Tenant and response id to what is under way."""
 
     async def start(self, body: ResponsesBody, headers: Mapping[str, str], tenant: Tenant) -> ResponseObject:
         """Places a response's sequence. Every way to refuse it raises before the first event.
 
-        The turns of a conversation are one session, named by the first of them unless its client names it.
+        The turns of a conversation are one session, named by the first of them unless its client names it, or shares KV
+        by a `prompt_cache_key`.
         """
         before = None
         if body.previous_response_id is not None:
-            before = self._conversations.get(tenant.name, body.previous_response_id, "previous_response_id")
-        known = None if before is None else before.session_id
-        session_id = body.session_id or short_header(headers, "x-session-id", 256) or known or uuid.uuid4().hex
+            before = self._service.conversations.get(tenant.name, body.previous_response_id, "previous_response_id")
+        session_id = body.session_id or short_header(headers, "x-session-id", 256)
+        if session_id is None and before is not None:
+            session_id = before.session_id
+        elif session_id is None and body.store and body.prompt_cache_key is None:
+            session_id = uuid.uuid4().hex
         history = () if before is None else before.messages
         form, generation = await self._service.start(body.as_chat(history, session_id), headers, tenant)
-        response = ResponseObject(f"resp_{form.id.removeprefix('chatcmpl-')}", body, form, session_id, generation)
+        # Never by a name that a client chose: whoever knows it may go on from it.
+        response = ResponseObject(f"resp_{uuid.uuid4().hex}", body, form, session_id, generation)
+        self._track(tenant, response)
         if body.store:
             response.on_end = lambda: self._keep(tenant, response, (*history, *body.items()))
         return response
 
     def get(self, response_id: str, tenant: Tenant) -> dict[str, Any]:
         """A stored response. NotFoundError if there is none (any more)."""
-        return self._conversations.get(tenant.name, response_id).response
+        response: dict[str, Any] = msgspec.json.decode(self._service.conversations.get(tenant.name, response_id).encoded)
+        return response
 
     def delete(self, response_id: str, tenant: Tenant) -> dict[str, Any]:
         """Forgets a response; its session's KV blocks stay until they expire, or are deleted."""
-        self._conversations.drop(tenant.name, response_id)
+        self._service.conversations.drop(tenant.name, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
-    async def cancel(self, response_id: str, tenant: Tenant) -> None:
+    def cancel(self, response_id: str, tenant: Tenant) -> None:
         """Ends a response that runs. NotFoundError if none of this name does."""
-        await self._service.abort(response_id, tenant)
+        generation = self._running.get((tenant.name, response_id))
+        if generation is None:
+            raise NotFoundError(f"no response {response_id!r} is running here", param="response_id")
+        generation.abort()
+
+    def _track(self, tenant: Tenant, response: ResponseObject) -> None:
+        name, leave = (tenant.name, response.id), response.generation.on_close
+        self._running[name] = response.generation
+
+        def forget() -> None:
+            del self._running[name]
+            if leave is not None:
+                leave()
+
+        response.generation.on_close = forget
 
     def _keep(self, tenant: Tenant, response: ResponseObject, messages: tuple[dict[str, str], ...]) -> None:
         said = {"role": "assistant", "content": response.text}
-        stored = StoredResponse(response.data(), (*messages, said), response.session_id)
-        self._conversations.keep(tenant.name, stored)
+        encoded = msgspec.json.encode(response.data())
+        stored = StoredResponse(response.id, encoded, (*messages, said), response.session_id)
+        self._service.conversations.keep(tenant.name, stored)

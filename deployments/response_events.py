@@ -25,7 +25,7 @@ class ResponseObject:
     id: str
     body: ResponsesBody
     chat: ResponseFormat
-    session_id: str
+    session_id: str | None
     generation: Generation
     created_at: int = field(default_factory=lambda: int(time.time()))
     text: str = ""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tailserve.deployments.openai import ChatBody, GenerationBody, Strict
+from tailserve.deployments.openai import MAX_MESSAGES, ChatBody, GenerationBody, Strict
 from tailserve.engine.errors import InvalidRequestError
 
 
@@ -46,12 +46,13 @@ class TextOptions(Strict):
 class ResponsesBody(GenerationBody):
     """POST /v1/responses"""
 
-    input: str | list[InputItem] = Field(max_length=32 << 20)
+    input: str | Annotated[list[InputItem], Field(max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = Field(default=None, max_length=128)
     max_output_tokens: int | None = Field(default=None, ge=1)
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    include: list[Literal["message.output_text.logprobs"]] = Field(default=[])
+    include: list[str] = Field(default=[], max_length=16)
+    """What other answers than ours have is left out."""
     store: bool = True
     n: Literal[1] = 1
     # Accepted where they ask for nothing.
@@ -68,15 +69,20 @@ class ResponsesBody(GenerationBody):
             raise InvalidRequestError("input is empty: give text or messages", param="input")
         return tuple(item.message() for item in self.input)
 
-    def as_chat(self, history: Sequence[dict[str, str]], session_id: str) -> ChatBody:
-        """The chat that this turn of a conversation is."""
+    def as_chat(self, history: Sequence[dict[str, str]], session_id: str | None) -> ChatBody:
+        """The chat that this turn of a conversation is. InvalidRequestError if it has too many messages."""
         instructions = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         fields = self.model_dump(include=GenerationBody.model_fields.keys() - {"n", "stream", "stream_options"})
-        wants_logprobs = bool(self.top_logprobs or self.include)
+        wants_logprobs = bool(self.top_logprobs) or "message.output_text.logprobs" in self.include
+        messages = [*instructions, *history, *self.items()]
+        if len(messages) > MAX_MESSAGES:
+            raise InvalidRequestError(
+                f"the conversation has {len(messages)} messages, at most {MAX_MESSAGES} are allowed", param="input"
+            )
         return ChatBody.model_validate(
             fields
             | {
-                "messages": [*instructions, *history, *self.items()],
+                "messages": messages,
                 "max_completion_tokens": self.max_output_tokens,
                 "logprobs": wants_logprobs,
                 "top_logprobs": (self.top_logprobs or 0) if wants_logprobs else None,

@@ -15,14 +15,15 @@ from tailserve.cluster.config import TailserveConfig
 from tailserve.cluster.early_stop import EarlyStopConfig
 from tailserve.deployments.auth import Gate, Tenant
 from tailserve.deployments.client import RouterClient
-from tailserve.deployments.generation import Generation
+from tailserve.deployments.conversations import Conversations
+from tailserve.deployments.generation import Choice, Generation
 from tailserve.deployments.openai import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from tailserve.deployments.public import PublicPrefixes
 from tailserve.deployments.responses import ResponseFormat
 from tailserve.deployments.text import TextModel
 from tailserve.deployments.turns import Turns
 from tailserve.engine.errors import InvalidRequestError, NotFoundError, NotReadyError
-from tailserve.engine.sessions import sharing_scope
+from tailserve.engine.sessions import belongs_to_session, sharing_scope
 from tailserve.engine.types import ModelInfo, Request, SamplingParams
 
 MAX_CHOICES = 128
@@ -41,7 +42,9 @@ class Service:
         self._client = client
         self._running: dict[tuple[str, str], list[Generation]] = {}
         """Tenant and request id to what is under way."""
+        self.conversations = Conversations()
         self._turns = Turns()
+        self._splits = text.reads_in_parts()
         self._public = PublicPrefixes(text, config.public_prefixes)
         self.gate = Gate(config.tenants, num_ingresses=config.num_ingresses)
         self.model = model
@@ -122,13 +125,20 @@ class Service:
             early_stop=self._early_stop(body, slo_class),
             show_logprobs=body.top_logprobs_count() is not None,
         )
-        if text is not None and scope is not None:
-            generation.on_complete = lambda choice: self._turns.keep(scope, text + choice.said, choice.token_ids)
+        if text is not None and scope is not None and self._splits:
+            generation.on_complete = lambda choice: self._remember(scope, text, choice)
         return request_id, generation
+
+    def _remember(self, scope: str, text: str, choice: Choice) -> None:
+        answer = choice.token_ids[len(choice.request.prompt_token_ids) :]
+        # Special tokens in it are not in its text.
+        if self._text.decode(answer, skip_special_tokens=False) == choice.said:
+            self._turns.keep(scope, text + choice.said, choice.token_ids)
 
     async def delete_session(self, session_id: str, tenant: Tenant) -> dict[str, Any]:
         """Frees what is kept of a tenant's session, wherever. Requests of it that run go on."""
-        self._turns.drop(sharing_scope(tenant=tenant.name, session_id=session_id) or "")
+        self._turns.drop_all(lambda scope: belongs_to_session(scope, tenant.name, session_id))
+        self.conversations.drop_session(tenant.name, session_id)
         count = await self._client.drop_session(tenant.name, session_id)
         return {"id": session_id, "object": "session", "deleted": True, "kv_blocks": count}
 

@@ -59,6 +59,12 @@ class TextModel:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def reads_in_parts(self) -> bool:
+        """Whether what follows a text reads the same by itself: some tokenizers put a space in front of every text."""
+        return self.encode("a\n" + "b", add_special_tokens=False) == [
+            token for part in ("a\n", "b") for token in self.encode(part, add_special_tokens=False)
+        ]
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text

@@ -6,7 +6,7 @@ A history that is rendered again need not tokenize into the ids that made it, an
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 BRANCHES = 4
 """Conversations remembered under one scope: a turn may be taken again from an earlier one."""
@@ -41,6 +41,11 @@ class Turns:
             self._forget(known, next(iter(known)))
         while self._num_tokens > self._max_tokens:
             self.drop(next(iter(self._known)))
+
+    def drop_all(self, scopes: Callable[[str], bool]) -> None:
+        """Forgets all scopes for which this holds."""
+        for scope in [scope for scope in self._known if scopes(scope)]:
+            self.drop(scope)
 
     def drop(self, scope: str) -> None:
         """Forgets all of a scope."""

@@ -45,8 +45,8 @@ class Composition:
         levels = _levels(residency.running, residency.waiting)
         first = next((level for level in levels if level >= self._most_urgent), None)
         # One that had waited for too long comes before all classes: it has a place, but of a step what the first leaves it.
-        for seq in _of_level(residency.waiting, self._most_urgent - 1):
-            self._start(seq, [seq])
+        if residency.waiting and residency.waiting[0].promoted:
+            self._start(residency.waiting[0], residency.waiting[:1])
         levels.sort(key=lambda level: (level != first, level))
         for level in levels:
             running = _of_level(residency.running, level)

@@ -29,11 +29,13 @@ class Overdue:
         self._residency = residency
         self._first = min(some.priority for some in config.classes) - 1
         self._searched_s = float("-inf")
+        self._few: dict[str, float] = {}
 
     def review(self, sequences: Collection[Sequence], now: float) -> None:
         """Looks at those that wait, and now and then at all of them."""
         if not self._config.paced:
             return
+        self._few = self._spared_counts()
         self._relegate(now)
         if now >= self._searched_s + SEARCH_S:
             self._searched_s = now
@@ -73,6 +75,11 @@ class Overdue:
             self.restore(seq)
 
     def _is_spared(self, seq: Sequence) -> bool:
-        counts = [count for (name, _), count in self._residency.queued.items() if name == seq.slo.name and count]
-        share = sum(counts) / max(len(counts), 1)
-        return self._residency.queued[seq.slo.name, seq.request.tenant] < SPARED_SHARE * share
+        return self._residency.queued[seq.slo.name, seq.request.tenant] < self._few[seq.slo.name]
+
+    def _spared_counts(self) -> dict[str, float]:
+        """Class to how few of its requests in line spare a tenant."""
+        counts: dict[str, list[int]] = {some.name: [] for some in self._config.classes}
+        for (name, _), count in self._residency.queued.items():
+            counts[name].append(count)
+        return {name: SPARED_SHARE * sum(some) / max(len(some), 1) for name, some in counts.items()}

@@ -9,6 +9,8 @@ from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import StepTimes
 from tailserve.engine.sequence import Sequence
 
+MOST_DELETED = 100_000
+"""Deleted sessions that are remembered as such: longer than their blocks can have stayed in the cache."""
 EXPIRE_S = 1.0
 """How often what has been kept for long enough is looked for."""
 FIRST_GAP_S = 30.0
@@ -50,6 +52,7 @@ class Pins:
         """Tenant and session id to what is kept, by the ends of their last answers."""
         self._pinned: Counter[str] = Counter()
         """Tenant to blocks."""
+        self._epochs: dict[tuple[str, str], int] = {}
         self._gap_s = FIRST_GAP_S
         self._expired_s = float("-inf")
 
@@ -72,10 +75,11 @@ class Pins:
     def end(self, seq: Sequence) -> None:
         """A turn's answer has ended with its last step; its blocks are still held."""
         name, now = _name(seq), seq.moved_s
-        if not name[1]:
-            return
+        if not name[1] or seq.epoch != self.epoch(*name):
+            return  # no session, or one that was deleted meanwhile
         session = self._sessions.pop(name, None) or Session(self._gap_s)
-        hashes = tuple(seq.hashes[: seq.num_registered])
+        # What is public is nobody's own.
+        hashes = tuple(seq.hashes[seq.request.num_public // self._config.block_size : seq.num_registered])
         # One of several turns at once that ended early takes nothing from the others.
         if len(hashes) >= len(session.hashes) or hashes != session.hashes[: len(hashes)]:
             self._pin(name[0], session, hashes)
@@ -94,12 +98,21 @@ class Pins:
             self._unpin(name)
 
     def drop(self, tenant: str, session_id: str) -> int:
-        """Forgets a session and what its blocks hold, at once. Returns how many blocks that were."""
-        session = self._sessions.get((tenant, session_id))
+        """Forgets a session and what its blocks hold, at once, also of turns that still run. Returns how many blocks were
+        kept of it."""
+        name = tenant, session_id
+        self._epochs[name] = self._epochs.pop(name, 0) + 1
+        if len(self._epochs) > MOST_DELETED:
+            del self._epochs[next(iter(self._epochs))]
+        session = self._sessions.get(name)
         if session is None:
             return 0
-        self._unpin((tenant, session_id))
+        self._unpin(name)
         return self._pool.drop(session.hashes)
+
+    def epoch(self, tenant: str, session_id: str) -> int:
+        """How often a session was deleted: blocks from before are not found any more."""
+        return self._epochs.get((tenant, session_id), 0)
 
     def check_integrity(self) -> None:
         """AssertionError where pins and sessions disagree."""

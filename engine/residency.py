@@ -56,9 +56,15 @@ class Residency:
         if seq.row is None:
             del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
             if seq.num_cached is None:
-                self.queued[seq.slo.name, seq.request.tenant] -= 1
+                self._dequeue(seq)
         else:
             self._leave(seq)
+
+    def _dequeue(self, seq: Sequence) -> None:
+        name = seq.slo.name, seq.request.tenant
+        self.queued[name] -= 1
+        if not self.queued[name]:
+            del self.queued[name]
 
     def move(self, seq: Sequence, key: Key) -> None:
         """Gives a sequence another place in its line."""
@@ -136,7 +142,7 @@ class Residency:
         self.stats.prefix_cache_hits += seq.num_computed
         if seq.num_cached is None:
             seq.num_cached = seq.num_computed
-            self.queued[seq.slo.name, seq.request.tenant] -= 1
+            self._dequeue(seq)
             self.started[seq.slo.name] += 1
             self.stats.prompt_tokens += seq.prompt_len
         self.join(seq)
@@ -195,7 +201,7 @@ class Residency:
         for name, line in (("running", self.running), ("waiting", self.waiting)):
             assert line == sorted(line, key=place_in_line), f"{name} sequences are out of order"
         queued = Counter((seq.slo.name, seq.request.tenant) for seq in self.waiting if seq.num_cached is None)
-        assert +self.queued == queued, f"{self.queued} queued by count, {queued} in line"
+        assert self.queued == queued, f"{self.queued} queued by count, {queued} in line"
         for seq in self.running:
             assert seq.row is not None, "a running sequence has no row"
             assert 0 <= seq.num_computed < len(seq.token_ids), "a sequence is computed past its last token"

@@ -80,7 +80,8 @@ class Scheduler:
         tag, charge = self._shares[slo.priority].enter(request.tenant, num_prompt, request.sampling.max_tokens)
         fcfs = self.config.scheduling_policy == "fcfs"
         key = Key(0 if fcfs else slo.priority, late=False, tag=arrival_s if fcfs else tag, number=self._num_added)
-        seq = Sequence(request, slo, arrival_s, key, self.config.max_model_len, charge=charge)
+        epoch = self.pins.epoch(request.tenant, request.session_id or "")
+        seq = Sequence(request, slo, arrival_s, key, self.config.max_model_len, charge=charge, epoch=epoch)
         self._sequences[request.id] = seq
         seq.awaits_prefix = drafts and slo.speculative_prefix > 0 and may_have_prefix(request.sampling)
         if request.timeout_s is not None:

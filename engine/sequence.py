@@ -41,6 +41,7 @@ class Sequence:
         "charge",
         "draft_record",
         "due_s",
+        "epoch",
         "first_due_s",
         "hashes",
         "key",
@@ -66,13 +67,22 @@ class Sequence:
     )
 
     def __init__(
-        self, request: Request, slo: SloClass, arrival_s: float, key: Key, max_model_len: int, *, charge: float = 0.0
+        self,
+        request: Request,
+        slo: SloClass,
+        arrival_s: float,
+        key: Key,
+        max_model_len: int,
+        *,
+        charge: float = 0.0,
+        epoch: int = 0,
     ) -> None:
-        """`charge`: what its tenant was charged for it beforehand."""
+        """`charge`: what its tenant was charged for it beforehand. `epoch`: how often its session was deleted."""
         self.request = request
         self.slo = slo
         self.arrival_s = arrival_s
         self.charge = charge
+        self.epoch = epoch
         self.key = key
         """Place in line. Keeps its value when the sequence is preempted."""
         self.promoted = False
@@ -117,7 +127,7 @@ class Sequence:
         self.num_accepted_drafts = 0
         # A request that shares with nobody still finds its own blocks again after a preemption.
         scope = request.scope if request.scope is not None else f"request:{request.id}"
-        self._root = root_hash(scope, request.adapter)
+        self._root = root_hash(f"{epoch}:{scope}" if epoch else scope, request.adapter)
         self._public_root = root_hash(PUBLIC_SCOPE, request.adapter)
 
     @property

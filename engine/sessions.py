@@ -24,3 +24,9 @@ def sharing_scope(
     if owner is None and not tenant and cache_salt is None:
         return None
     return msgspec.json.encode((tenant, owner, cache_salt)).decode()
+
+
+def belongs_to_session(scope: str, tenant: str, session_id: str) -> bool:
+    """Whether a scope is that of a tenant's session, whatever its salt."""
+    owner: list[object] = msgspec.json.decode(scope)[:2]
+    return owner == [tenant, ["session", session_id]]

@@ -116,3 +116,23 @@ def test_a_dead_executor_is_restarted_without_a_request(harness: Harness, monkey
     harness.executor.restart = lambda: (restart(), restarted.set())  # type: ignore[method-assign, assignment]
     harness.executor.lost = True
     assert restarted.wait(10)
+
+
+def test_whoever_asks_for_a_session_to_be_dropped_may_leave(harness: Harness) -> None:
+    harness.submit("running")
+    assert harness.executor.entered.wait(10)
+    assert harness.loop.drop_session("", "s").cancel()
+    asked = harness.loop.drop_session("", "s")
+    harness.executor.go.release(1000)
+    assert asked.result(10) == 0
+    assert harness.loop.wait_idle(10)
+    assert harness.loop.failure is None
+
+
+def test_a_session_to_be_dropped_is_answered_when_the_engine_stops(harness: Harness) -> None:
+    harness.submit("running")
+    assert harness.executor.entered.wait(10)
+    asked = harness.loop.drop_session("", "s")
+    harness.executor.broken = True
+    harness.executor.go.release(1000)
+    assert asked.result(10) == 0

@@ -7,7 +7,9 @@ import random
 import pytest
 from fakes import FakeExecutor, engine_config, make_request
 
+from tailserve.engine.blocks import chain_hash, root_hash
 from tailserve.engine.engine import Engine
+from tailserve.engine.sequence import PUBLIC_SCOPE
 
 
 class Chat:
@@ -128,3 +130,33 @@ def test_every_block_is_accounted_for_whatever_happens(seed: int) -> None:
             case _:
                 engine.step()
         engine.check_integrity()
+
+
+def test_what_is_public_outlives_the_sessions_that_begin_with_it() -> None:
+    chat = Chat()
+    for session_id in ("a", "b"):
+        request = make_request([1, 2, 3, 4, 5, 6], max_tokens=2, session_id=session_id, scope=session_id, num_public=4)
+        chat.engine.add(request)
+        while chat.engine.has_work:
+            chat.engine.step()
+    assert chat.pins == 2
+    assert chat.engine.drop_session("", "a") == 1
+    assert len(chat.engine.scheduler.residency.pool.match(chat_hashes())) == 2
+
+
+def chat_hashes() -> list[bytes]:
+    first = chain_hash(root_hash(PUBLIC_SCOPE), [1, 2])
+    return [first, chain_hash(first, [3, 4])]
+
+
+def test_a_turn_that_ends_after_its_session_was_deleted_leaves_nothing() -> None:
+    chat = Chat()
+    request = make_request([1, 2, 3, 4], max_tokens=6, session_id="a", scope="/a")
+    chat.engine.add(request)
+    for _ in range(3):
+        chat.engine.step()
+    chat.engine.drop_session("", "a")
+    while chat.engine.has_work:
+        chat.engine.step()
+    assert chat.pins == 0
+    assert chat.turn("a", [1, 2, 3, 4, 5])[1] == 0

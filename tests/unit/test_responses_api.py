@@ -11,6 +11,9 @@ import openai
 import pytest
 from edge import MODEL, Edge
 
+from tailserve.deployments.conversations import Conversations, StoredResponse
+from tailserve.engine.errors import NotFoundError
+
 
 @pytest.fixture
 async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
@@ -151,3 +154,64 @@ async def test_a_websocket_that_is_cancelled_or_dropped_frees_its_sequence(edge:
     while edge.calls.engine.gauges().num_running:
         await asyncio.sleep(0.001)
     assert edge.calls.engine.stats.steps <= steps + 3
+
+
+async def test_every_turn_over_one_websocket_has_a_name_of_its_own_whatever_the_proxy_says(edge: Edge) -> None:
+    async with edge.client.responses.connect(extra_headers={"X-Request-Id": "same"}) as connection:
+        names = []
+        for _ in range(2):
+            await connection.response.create(model=MODEL, input="hi", max_output_tokens=2)
+            while (event := await connection.recv()).type != "response.incomplete":
+                pass
+            names.append(event.response.id)
+    assert len(set(names)) == 2
+    assert "same" not in "".join(names)
+
+
+async def test_a_binary_frame_is_refused_and_the_conversation_goes_on(edge: Edge) -> None:
+    async with edge.client.responses.connect() as connection:
+        await connection.send_raw(b"\x00")
+        error = await connection.recv()
+        assert error.type == "error"
+        await connection.response.create(model=MODEL, input="hi", max_output_tokens=2)
+        assert (await connection.recv()).type == "response.created"
+
+
+async def test_a_deleted_session_takes_its_responses_along(edge: Edge) -> None:
+    body: dict[str, Any] = {"model": MODEL, "max_output_tokens": 4, "extra_body": {"session_id": "s", "cache_salt": "x"}}
+    first = await edge.client.responses.create(input="hello there", **body)
+    await edge.http.delete("/v1/sessions/s")
+    with pytest.raises(openai.NotFoundError):
+        await edge.client.responses.retrieve(first.id)
+    again = await edge.client.responses.create(input="hello there", **body)
+    assert again.usage is not None
+    assert again.usage.input_tokens_details.cached_tokens == 0
+
+
+async def test_a_prompt_cache_key_is_shared_without_a_session(edge: Edge) -> None:
+    body: dict[str, Any] = {"model": MODEL, "max_output_tokens": 4, "prompt_cache_key": "k", "input": "hello there"}
+    for expected in (0, len("<user>hello there<assistant>") // 4 * 4 - 4):
+        answer = await edge.client.responses.create(**body)
+        assert answer.usage is not None
+        assert answer.usage.input_tokens_details.cached_tokens >= expected
+    assert edge.calls.engine.scheduler.pins.num_blocks == 0
+
+
+async def test_too_many_messages_are_refused_by_name(edge: Edge) -> None:
+    items = [{"role": "user", "content": "a"}] * 4096
+    answer = await edge.http.post("/v1/responses", json={"input": items, "instructions": "b"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+
+
+def test_the_tenant_that_stores_most_loses_its_oldest() -> None:
+    conversations = Conversations(max_bytes=20_000)
+    for number in range(30):
+        conversations.keep("loud", StoredResponse(f"r{number}", b"{}", ({"role": "user", "content": "a"},), None))
+    conversations.keep("quiet", StoredResponse("q", b"{}", (), "s"))
+    assert conversations.get("quiet", "q").session_id == "s"
+    assert conversations.get("loud", "r29").id == "r29"
+    with pytest.raises(NotFoundError):
+        conversations.get("loud", "r0")
+    conversations.drop_session("quiet", "s")
+    with pytest.raises(NotFoundError):
+        conversations.drop("quiet", "q")
