@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from hashlib import blake2b
 
 BOUND = 1.25
-"""Of the mean number of waiting requests, how many an instance may have and still get a session that is not new to it."""
+"""How many times the mean number of waiting requests an instance may have and still get sessions, and `FEW` beyond that."""
 FEW = 3
 """Waiting requests that are soon begun: to read a session's tokens again would take longer."""
 FRESH_S = 0.5

@@ -127,7 +127,7 @@ class TailserveConfig(_Strict):
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     cpu_threads: int | None = Field(default=None, ge=1, description="threads of the verifier; default: all cores")
     enable_prefix_caching: bool = True
-    public_prefixes: tuple[str, ...] = Field(
+    public_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="system prompts, say: whoever begins with one shares its KV blocks with all others who do"
     )
     session_ttl_s: float = Field(

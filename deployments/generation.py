@@ -117,7 +117,8 @@ class Generation:
             )
             for index, request in enumerate(requests)
         ]
-        self.on_close: Callable[[], None] | None = None
+        self.on_close: list[Callable[[], None]] = []
+        """Called once, when nobody reads any more."""
         self.on_complete: Callable[[Choice], None] | None = None
         """Called with each choice that was read to its end."""
 
@@ -170,9 +171,8 @@ class Generation:
             if not choice.finished:
                 choice.finished = True
                 self._client.cancel(choice.request.id)
-        if self.on_close is not None:
-            self.on_close()
-            self.on_close = None
+        while self.on_close:
+            self.on_close.pop()()
 
     def usage(self) -> dict[str, object]:
         """The `usage` object of the response so far."""

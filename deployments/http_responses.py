@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from tailserve.deployments.auth import Tenant
 from tailserve.deployments.http_answers import MAX_BODY_BYTES, EventStreamResponse, error_of, read_body, respond
-from tailserve.deployments.openai import parse_body
+from tailserve.deployments.openai import check_fields, parse_body, read_object
 from tailserve.deployments.responder import Responder
 from tailserve.deployments.response_events import ResponseObject, response_events, server_sent
 from tailserve.deployments.responses_body import ResponsesBody
@@ -48,7 +48,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses/{response_id}/cancel")
     async def cancel(response_id: str, request: Request) -> Response:
-        responder.cancel(response_id, service.gate.identify(request.headers))
+        await service.abort(response_id, service.gate.identify(request.headers))
         return respond({"id": response_id, "object": "response", "status": "cancelled"})
 
     @app.websocket("/v1/responses")
@@ -105,7 +105,7 @@ class Conversation:
             # Its last events may be on their way still.
             await self._sending
         self._service.ready_info()
-        body = parse_body(ResponsesBody, msgspec.json.encode(fields))
+        body = check_fields(ResponsesBody, fields)
         self._response = await self._responder.start(body, self._socket.headers, self._tenant)
         self._sending = asyncio.create_task(self._send(self._response))
 
@@ -133,14 +133,8 @@ def _fields(text: str | None) -> dict[str, Any]:
         raise InvalidRequestError("the message is binary: send JSON as text", code="invalid_json")
     if len(text) > MAX_BODY_BYTES:
         raise InvalidRequestError(f"the message is larger than {MAX_BODY_BYTES >> 20} MiB")
-    try:
-        fields = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"the message is no JSON: {error}", code="invalid_json") from None
-    if not isinstance(fields, dict):
-        raise InvalidRequestError("the message must be a JSON object", code="invalid_json")
     # Bodies of the HTTP API may be sent as they are; here every response is streamed.
-    return {name: value for name, value in fields.items() if name != "stream"}
+    return {name: value for name, value in read_object(text).items() if name != "stream"}
 
 
 def _error_event(error: TailserveError) -> dict[str, Any]:

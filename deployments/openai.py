@@ -219,12 +219,22 @@ class AbortBody(Strict):
 
 def parse_body(kind: type[Body], data: bytes) -> Body:
     """Checks a JSON body. InvalidRequestError names the first wrong field and what it would accept."""
+    return check_fields(kind, read_object(data))
+
+
+def read_object(data: bytes | str) -> dict[str, Any]:
+    """A JSON object's fields. InvalidRequestError if it is something else."""
     try:
         fields = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequestError(f"the body is no JSON: {error}", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
+    return fields
+
+
+def check_fields(kind: type[Body], fields: dict[str, Any]) -> Body:
+    """A body of these fields. InvalidRequestError as in `parse_body`."""
     for name in fields.keys() & UNSUPPORTED.keys():
         if fields[name] is not None and fields[name] not in UNSUPPORTED[name]:
             raise InvalidRequestError(f"{name} is not supported yet", param=name, code="unsupported_parameter")

@@ -10,11 +10,9 @@ import msgspec
 
 from tailserve.deployments.auth import Tenant
 from tailserve.deployments.conversations import StoredResponse
-from tailserve.deployments.generation import Generation
 from tailserve.deployments.response_events import ResponseObject
 from tailserve.deployments.responses_body import ResponsesBody
 from tailserve.deployments.service import Service, short_header
-from tailserve.engine.errors import NotFoundError
 
 
 class Responder:
@@ -22,8 +20,6 @@ class Responder:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._running: dict[tuple[str, str], Generation] = {}
-        """Tenant and response id to what is under way."""
 
     async def start(self, body: ResponsesBody, headers: Mapping[str, str], tenant: Tenant) -> ResponseObject:
         """Places a response's sequence. Every way to refuse it raises before the first event.
@@ -43,7 +39,7 @@ class Responder:
         form, generation = await self._service.start(body.as_chat(history, session_id), headers, tenant)
         # Never by a name that a client chose: whoever knows it may go on from it.
         response = ResponseObject(f"resp_{uuid.uuid4().hex}", body, form, session_id, generation)
-        self._track(tenant, response)
+        self._service.track(tenant, response.id, generation)
         if body.store:
             response.on_end = lambda: self._keep(tenant, response, (*history, *body.items()))
         return response
@@ -57,24 +53,6 @@ class Responder:
         """Forgets a response; its session's KV blocks stay until they expire, or are deleted."""
         self._service.conversations.drop(tenant.name, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
-
-    def cancel(self, response_id: str, tenant: Tenant) -> None:
-        """Ends a response that runs. NotFoundError if none of this name does."""
-        generation = self._running.get((tenant.name, response_id))
-        if generation is None:
-            raise NotFoundError(f"no response {response_id!r} is running here", param="response_id")
-        generation.abort()
-
-    def _track(self, tenant: Tenant, response: ResponseObject) -> None:
-        name, leave = (tenant.name, response.id), response.generation.on_close
-        self._running[name] = response.generation
-
-        def forget() -> None:
-            del self._running[name]
-            if leave is not None:
-                leave()
-
-        response.generation.on_close = forget
 
     def _keep(self, tenant: Tenant, response: ResponseObject, messages: tuple[dict[str, str], ...]) -> None:
         said = {"role": "assistant", "content": response.text}

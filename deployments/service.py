@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -66,7 +66,8 @@ class Service:
         except BaseException:
             leave()
             raise
-        self._track(tenant, request_id, generation, leave)
+        generation.on_close.append(leave)
+        self.track(tenant, request_id, generation)
         await generation.start()
         prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
         return ResponseFormat(f"{prefix}-{request_id}", self.model, body, self._text), generation
@@ -145,13 +146,25 @@ class Service:
     async def abort(self, request_id: str, tenant: Tenant) -> None:
         """Ends a tenant's request by the id its client knows. NotFoundError if no such request of its own runs here."""
         # Clients know the id they gave, or the one in the response.
-        names = [request_id, *(request_id.removeprefix(prefix) for prefix in ("chatcmpl-", "cmpl-", "resp_"))]
+        names = [request_id, request_id.removeprefix("chatcmpl-"), request_id.removeprefix("cmpl-")]
         found = (self._running.get((tenant.name, name)) for name in names)
         running = next((generations for generations in found if generations), None)
         if running is None:
             raise NotFoundError(f"no request {request_id!r} is running here", param="request_id")
         for generation in running:
             generation.abort()
+
+    def track(self, tenant: Tenant, name: str, generation: Generation) -> None:
+        """Lets `abort` find a generation by a name, while it runs."""
+        key = tenant.name, name
+        self._running.setdefault(key, []).append(generation)
+
+        def forget() -> None:
+            self._running[key].remove(generation)
+            if not self._running[key]:
+                del self._running[key]
+
+        generation.on_close.append(forget)
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         self._check_model(body.model)
@@ -247,19 +260,6 @@ class Service:
     def _early_stop(self, body: GenerationBody, slo_class: str) -> EarlyStopConfig | None:
         config = self._early_stops[slo_class]
         return config if config.enabled and body.early_stop and not body.ignore_eos else None
-
-    def _track(self, tenant: Tenant, request_id: str, generation: Generation, leave: Callable[[], None]) -> None:
-        name = (tenant.name, request_id)
-        self._running.setdefault(name, []).append(generation)
-
-        def forget() -> None:
-            leave()
-            rest = self._running.get(name, [])
-            rest.remove(generation)
-            if not rest:
-                self._running.pop(name, None)
-
-        generation.on_close = forget
 
 
 def _too_long(num_tokens: str, limit: int) -> InvalidRequestError:

@@ -21,7 +21,7 @@ FORESEEN = 32
 class Overdue:
     """Changes places in line. Whose first token cannot be in time goes behind those whose can, until it has it (Niyama's
     relegation), unless its tenant has few in line: others' load shall not cost it its turn. Of those for which nothing was
-    done for `max_wait_s`, the oldest goes before everybody until it ends; then the next."""
+    done for `max_wait_s`, the oldest is first in line until it ends; then the next."""
 
     def __init__(self, config: EngineConfig, times: StepTimes, residency: Residency) -> None:
         self._config = config
@@ -30,17 +30,17 @@ class Overdue:
         self._first = min(some.priority for some in config.classes) - 1
         self._searched_s = float("-inf")
         self._few: dict[str, float] = {}
+        """Class to how few of its requests in line spare a tenant."""
 
     def review(self, sequences: Collection[Sequence], now: float) -> None:
         """Looks at those that wait, and now and then at all of them."""
         if not self._config.paced:
             return
-        self._few = self._spared_counts()
-        self._relegate(now)
         if now >= self._searched_s + SEARCH_S:
             self._searched_s = now
             self._promote(sequences, now)
             self._spare()
+        self._relegate(now)
 
     def _promote(self, sequences: Collection[Sequence], now: float) -> None:
         if not sequences or any(seq.promoted for seq in sequences):
@@ -71,15 +71,12 @@ class Overdue:
                     place += 1
 
     def _spare(self) -> None:
+        counts: dict[str, list[int]] = {some.name: [] for some in self._config.classes}
+        for (name, _), count in self._residency.queued.items():
+            counts[name].append(count)
+        self._few = {name: SPARED_SHARE * sum(some) / max(len(some), 1) for name, some in counts.items()}
         for seq in [seq for seq in self._residency.waiting if seq.key.late and self._is_spared(seq)]:
             self.restore(seq)
 
     def _is_spared(self, seq: Sequence) -> bool:
         return self._residency.queued[seq.slo.name, seq.request.tenant] < self._few[seq.slo.name]
-
-    def _spared_counts(self) -> dict[str, float]:
-        """Class to how few of its requests in line spare a tenant."""
-        counts: dict[str, list[int]] = {some.name: [] for some in self._config.classes}
-        for (name, _), count in self._residency.queued.items():
-            counts[name].append(count)
-        return {name: SPARED_SHARE * sum(some) / max(len(some), 1) for name, some in counts.items()}

@@ -31,7 +31,6 @@ class Sequence:
     """
 
     __slots__ = (
-        "_public_root",
         "_root",
         "aimed_s",
         "arrival_s",
@@ -128,7 +127,6 @@ class Sequence:
         # A request that shares with nobody still finds its own blocks again after a preemption.
         scope = request.scope if request.scope is not None else f"request:{request.id}"
         self._root = root_hash(f"{epoch}:{scope}" if epoch else scope, request.adapter)
-        self._public_root = root_hash(PUBLIC_SCOPE, request.adapter)
 
     @property
     def num_output(self) -> int:
@@ -158,7 +156,7 @@ class Sequence:
         """Of the next block's hash."""
         num_public, count = self.request.num_public // block_size, len(self.hashes)
         if count < num_public:
-            return self.hashes[-1] if count else self._public_root
+            return self.hashes[-1] if count else root_hash(PUBLIC_SCOPE, self.request.adapter)
         if count == num_public:
             # Behind what is public the scope begins.
             return join_hash(self._root, self.hashes[-1]) if count else self._root

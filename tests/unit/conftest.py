@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 # Read when Triton is imported, by whichever test does so first.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from edge import Edge
 from tiny import TINY, save_model
 
 
@@ -33,3 +36,13 @@ def _no_ray() -> object:
     yield
     ray = sys.modules.get("ray")
     assert ray is None or not ray.is_initialized()
+
+
+@pytest.fixture
+async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
+    """The HTTP edge over a fake model, idle again at the end."""
+    edge = Edge(tmp_path)
+    await edge.open()
+    yield edge
+    await edge.settle()
+    await edge.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,6 @@ from edge import Edge
 from tailserve.deployments.bench.load import Client, Sample, Workload, closed_loop, open_loop
 from tailserve.deployments.bench.report import attainment, summarize
 from tailserve.deployments.cli import main
-
-
-@pytest.fixture
-async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
-    edge = Edge(tmp_path)
-    await edge.open()
-    yield edge
-    await edge.settle()
-    await edge.close()
 
 
 def url(edge: Edge) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ from fakes import expected_answer
 from tailserve.engine.errors import QueueFullError
 
 USER: Any = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture
-async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
-    edge = Edge(tmp_path)
-    await edge.open()
-    yield edge
-    await edge.settle()
-    await edge.close()
 
 
 def answer_text(edge: Edge, prompt: str, count: int) -> str:

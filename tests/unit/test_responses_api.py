@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -13,15 +11,6 @@ from edge import MODEL, Edge
 
 from tailserve.deployments.conversations import Conversations, StoredResponse
 from tailserve.engine.errors import NotFoundError
-
-
-@pytest.fixture
-async def edge(tmp_path: Path) -> AsyncIterator[Edge]:
-    edge = Edge(tmp_path)
-    await edge.open()
-    yield edge
-    await edge.settle()
-    await edge.close()
 
 
 async def test_a_response_and_the_next_that_goes_on_from_it(edge: Edge) -> None:
