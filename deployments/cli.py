@@ -39,6 +39,8 @@ _FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--max-num-seqs", {"help": "sequences that run at once", "type": int}),
     ("--max-num-batched-tokens", {"help": "tokens computed in one step", "type": int}),
     ("--max-mixed-tokens", {"help": "the same while others generate (default: 48 on CPUs)", "type": int}),
+    ("--num-kv-blocks", {"help": "KV blocks of the verifier (default: from the memory that is free)", "type": int}),
+    ("--kv-offloading-size", {"help": "GiB of host memory for sessions' KV (default: none)", "type": float}),
     ("--gpu-memory-utilization", {"help": "share of a GPU's memory to use, 0 to 1", "type": float}),
     ("--served-model-name", {"help": "the name clients use"}),
     ("--cpu-threads", {"help": "threads of the verifier (default: all cores)", "type": int}),
@@ -147,18 +149,23 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _deploy(app: Any) -> None:
-    """Waits until all replicas run. ConfigError with the reason when a replica says that it never will."""
+    """Waits until all replicas run. ConfigError with the reason as soon as a replica says that it never will."""
     from ray import serve
 
-    try:
-        serve.run(app, name=_APP, route_prefix="/", blocking=False)
-    except RuntimeError:
-        deployments = serve.status().applications[_APP].deployments.values()
-        # Ray reports a traceback as text; the last line that names one of our errors is the reason.
-        reasons = re.findall(r"tailserve\.engine\.errors\.\w+: (.*)", "\n".join(d.message for d in deployments))
-        if not reasons:
-            raise
-        raise ConfigError(reasons[-1].strip()) from None
+    serve.run_many([serve.RunTarget(app, name=_APP, route_prefix="/")], wait_for_applications_running=False)
+    while True:
+        status = serve.status().applications[_APP]
+        if status.status == "RUNNING":
+            return
+        # Ray reports a traceback as text, and tries again whatever it says. The last line that names an error of ours which
+        # no attempt will mend is the reason.
+        messages = "\n".join(deployment.message for deployment in status.deployments.values())
+        reasons = re.findall(r"tailserve\.engine\.errors\.(?:Config|UnsupportedModel)Error: (.*)", messages)
+        if reasons:
+            raise ConfigError(reasons[-1].strip())
+        if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise TailserveError(f"the deployment failed: {status.message}\n{messages}".rstrip())
+        time.sleep(0.2)
 
 
 def _served_name(config: TailserveConfig) -> str:
