@@ -31,7 +31,6 @@ class Sequence:
     """
 
     __slots__ = (
-        "_root",
         "aimed_s",
         "arrival_s",
         "awaits_prefix",
@@ -51,6 +50,7 @@ class Sequence:
         "num_computed",
         "num_drafted",
         "num_found",
+        "num_kept",
         "num_prefix",
         "num_registered",
         "num_sampling",
@@ -59,6 +59,7 @@ class Sequence:
         "promoted",
         "prompt_len",
         "request",
+        "root",
         "row",
         "slo",
         "token_ids",
@@ -116,6 +117,8 @@ class Sequence:
         """The verifier's name for it; None while it waits."""
         self.block_ids: list[int] = []
         self.hashes: list[bytes] = []
+        self.num_kept = 0
+        """Blocks whose content is kept for it while it waits."""
         self.num_registered = 0
         """Blocks already offered to the prefix cache."""
         self.awaits_prefix = False
@@ -126,7 +129,7 @@ class Sequence:
         self.num_accepted_drafts = 0
         # A request that shares with nobody still finds its own blocks again after a preemption.
         scope = request.scope if request.scope is not None else f"request:{request.id}"
-        self._root = root_hash(f"{epoch}:{scope}" if epoch else scope, request.adapter)
+        self.root = root_hash(f"{epoch}:{scope}" if epoch else scope, request.adapter)
 
     @property
     def num_output(self) -> int:
@@ -159,7 +162,7 @@ class Sequence:
             return self.hashes[-1] if count else root_hash(PUBLIC_SCOPE, self.request.adapter)
         if count == num_public:
             # Behind what is public the scope begins.
-            return join_hash(self._root, self.hashes[-1]) if count else self._root
+            return join_hash(self.root, self.hashes[-1]) if count else self.root
         return self.hashes[-1]
 
     def usage(self) -> Usage:

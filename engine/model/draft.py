@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import AutoTokenizer
 
-from tailserve.engine.blocks import BlockPool
+from tailserve.engine.blocks import BlockPool, chain_hash
 from tailserve.engine.model.branch_blocks import give_blocks
 from tailserve.engine.model.branches import Branch, branch_out, draft_branches
 from tailserve.engine.model.loading import load_model
@@ -39,12 +39,23 @@ class _Row:
     computed: list[int] = field(default_factory=list)
     """Tokens whose KV is in the cache; its tail may be drafts of an earlier round that did not hold."""
     block_ids: list[int] = field(default_factory=list)
+    root: bytes = b""
+    """Who has the same may share its blocks; empty: nobody."""
+
+    def hashes(self, count: int, size: int) -> list[bytes]:
+        """Of the first `count` blocks of so many of its tokens."""
+        found, parent = [], self.root
+        for begin in range(0, count * size, size):
+            parent = chain_hash(parent, self.token_ids[begin : begin + size])
+            found.append(parent)
+        return found
 
 
 class ModelDrafter:
     """Proposes the draft model's most likely tokens, or draws them where a row asks for that.
 
-    A row that does not fit the pool or the round's token budget gets no draft this round; nothing else happens to it.
+    A row that does not fit the pool or the round's token budget gets no draft this round; nothing else happens to it. What
+    was computed of a row that left is found again by rows of the same root: by later turns of its session.
     """
 
     def __init__(
@@ -60,7 +71,7 @@ class ModelDrafter:
         self._budget = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._vocabulary = vocabulary
-        self._pool = BlockPool(model.num_blocks, model.block_size, enable_prefix_caching=False)
+        self._pool = BlockPool(model.num_blocks, model.block_size)
         self._rows: dict[int, _Row] = {}
 
     def run(self, work: DraftWork) -> DraftResult:
@@ -69,9 +80,9 @@ class ModelDrafter:
         for number in work.leaves:
             row = self._rows.pop(number, None)
             if row is not None:
-                self._pool.release(row.block_ids)
+                self._leave(row)
         for entry in work.rows:
-            self._update(self._rows.setdefault(entry.row, _Row()), entry)
+            self._update(self._rows.setdefault(entry.row, _Row(root=entry.root)), entry)
         if work.outcomes:
             outcomes = self._foresee(work)
             return DraftResult(work.number, {}, time.perf_counter() - begin, outcomes)
@@ -84,7 +95,25 @@ class ModelDrafter:
             row.token_ids = self._translate(row.given)
         row.given += entry.token_ids
         row.token_ids += self._translate(entry.token_ids)
+        if row.root and not row.block_ids:
+            self._find(row)
         _roll_back(row)
+
+    def _find(self, row: _Row) -> None:
+        """Gives a row without blocks those that hold its beginning."""
+        size = self._pool.block_size
+        # The last token is computed in any case.
+        found = self._pool.match(row.hashes((len(row.token_ids) - 1) // size, size))
+        row.block_ids = [block for block in found if block is not None]
+        self._pool.acquire(row.block_ids)
+        row.computed = row.token_ids[: len(row.block_ids) * size]
+
+    def _leave(self, row: _Row) -> None:
+        _roll_back(row)
+        full = len(row.computed) // self._pool.block_size if row.root else 0
+        for block, content in zip(row.block_ids, row.hashes(full, self._pool.block_size), strict=False):
+            self._pool.register(block, content)
+        self._pool.release(row.block_ids)
 
     def _translate(self, token_ids: list[int]) -> list[int]:
         return list(token_ids) if self._vocabulary is None else self._vocabulary.to_draft(token_ids)

@@ -184,7 +184,8 @@ class DraftCoordinator:
         sampling = seq.request.sampling
         temperature = sampling.temperature if self._sampled else 0.0
         width = 1 if temperature > 0 else width
-        return DraftRow(seq.row, keep, seq.token_ids[keep:], limit, temperature, sampling.seed, width)
+        root = b"" if keep else seq.root
+        return DraftRow(seq.row, keep, seq.token_ids[keep:], limit, temperature, sampling.seed, width, root=root)
 
     def _send(
         self,
