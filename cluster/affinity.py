@@ -1,10 +1,13 @@
-"""Which instance a session's requests go to."""
+"""Which instance a request goes to."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
 from hashlib import blake2b
+from typing import NamedTuple
+
+from tailserve.engine.stats import InstanceLoad
 
 BOUND = 1.25
 """How many times the mean number of waiting requests an instance may have and still get sessions, and `FEW` beyond that."""
@@ -12,26 +15,67 @@ FEW = 3
 """Waiting requests that are soon begun: to read a session's tokens again would take longer."""
 FRESH_S = 0.5
 """How old what an instance said of its load may be."""
+ALIKE_S = 0.02
+"""Differences in the time to a first token that mean nothing."""
+IDLE = InstanceLoad(0, {}, 0.001)
+"""What is thought of an instance that says nothing."""
+
+
+class Placing(NamedTuple):
+    """What decides where a request goes."""
+
+    slo_class: str
+    num_tokens: int
+    """Of its prompt."""
+    session: str | None = None
+    last: str | None = None
+    """Where the session's last request went."""
+
+
+class _Note(NamedTuple):
+    load: InstanceLoad
+    noted_s: float
+    placed: int
+    """Tokens of prompts that were sent there since."""
 
 
 class Loads:
-    """How many requests wait at each instance, as their own messages say."""
+    """How busy each instance is, as its own messages say, and what was sent there since the last."""
 
     def __init__(self) -> None:
-        self._noted: dict[str, tuple[int, float]] = {}
+        self._noted: dict[str, _Note] = {}
 
-    def note(self, instance: str, num_waiting: int, now: float) -> None:
-        self._noted[instance] = num_waiting, now
+    def note(self, instance: str, load: InstanceLoad, now: float) -> None:
+        self._noted[instance] = _Note(load, now, 0)
 
-    def waiting(self, instances: Collection[str], now: float) -> dict[str, int]:
-        """Of those that said something lately; others count as idle."""
-        # Serve may read it in another thread than that of the streams.
-        noted = {name: self._noted.get(name, (0, now)) for name in instances}
-        return {name: count if now < then + FRESH_S else 0 for name, (count, then) in noted.items()}
+    def choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
+        """The instance for a request; several if nothing tells them apart."""
+        # Serve may ask in another thread than that of the streams.
+        notes = {name: self._noted.get(name, _Note(IDLE, now, 0)) for name in instances}
+        notes = {name: note if now < note.noted_s + FRESH_S else _Note(IDLE, now, 0) for name, note in notes.items()}
+        if placing.session is not None:
+            waiting = {name: note.load.num_waiting for name, note in notes.items()}
+            chosen = {choose_instance(placing.session, waiting, placing.last)}
+        else:
+            chosen = choose_quickest({name: _first_token_s(note, placing) for name, note in notes.items()})
+        if len(chosen) == 1:
+            (name,) = chosen
+            self._noted[name] = notes[name]._replace(placed=notes[name].placed + placing.num_tokens)
+        return chosen
 
 
 LOADS = Loads()
 """Of this process: its streams note them, its request router reads them."""
+
+
+def _first_token_s(note: _Note, placing: Placing) -> float:
+    return note.load.waits_s.get(placing.slo_class, 0.0) + (note.placed + placing.num_tokens) * note.load.token_s
+
+
+def choose_quickest(first_token_s: Mapping[str, float]) -> set[str]:
+    """Those of the instances whose next first token comes soonest, or hardly later."""
+    soonest = min(first_token_s.values())
+    return {name for name, seconds in first_token_s.items() if seconds <= soonest + ALIKE_S}
 
 
 def choose_instance(session: str, waiting: Mapping[str, int], last: str | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from tailserve.cluster.affinity import LOADS
+from tailserve.cluster.affinity import LOADS, Placing
 from tailserve.deployments.streams import StepMessage
 from tailserve.engine.errors import NotReadyError
 from tailserve.engine.types import FinishReason, Request, TokenChunk
@@ -26,7 +26,7 @@ MOST_HOMES = 100_000
 class RouterCalls(Protocol):
     """The router deployment's methods, as coroutines; see `tailserve.deployments.router.Router`."""
 
-    async def submit(self, request: bytes, ingress: str, *, session: str | None, last: str | None) -> str: ...
+    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> str: ...
     def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]: ...
     async def abort(self, request_ids: list[str], *, instance: str) -> None: ...
     async def drop_session(self, tenant: str, session_id: str) -> int: ...
@@ -57,8 +57,8 @@ class RouterClient:
         self._queues[request.id] = queue
         session = request.scope if request.session_id is not None else None
         last = None if session is None else self._homes.get(session)
-        encoded = msgspec.msgpack.encode(request)
-        call = self._spawn(self._calls.submit(encoded, self._ingress, session=session, last=last))
+        placing = Placing(request.slo_class, len(request.prompt_token_ids), session, last)
+        call = self._spawn(self._calls.submit(msgspec.msgpack.encode(request), self._ingress, placing=placing))
         call.add_done_callback(lambda done: self._placed(request.id, session, done))
         try:
             await asyncio.wait_for(asyncio.shield(call), self._submit_timeout_s)
@@ -112,7 +112,7 @@ class RouterClient:
             self._read(instance)
 
     def _dispatch(self, message: StepMessage, instance: str) -> None:
-        LOADS.note(instance, message.load.num_waiting, time.monotonic())
+        LOADS.note(instance, message.load, time.monotonic())
         strays = []
         for chunk in message.chunks:
             queue = self._queues.get(chunk.request_id)

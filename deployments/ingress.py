@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 
+from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.collector import keep_collector_out_of_steps
@@ -26,17 +27,26 @@ from tailserve.engine.types import ModelInfo
 logger = logging.getLogger(__name__)
 
 
+SUBMIT_ATTEMPTS = 3
+"""Instances that may die before a request is refused; Serve hears of a death a moment later."""
+
+
 class ServeCalls:
     """`RouterCalls` over a Serve handle."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def submit(self, request: bytes, ingress: str, *, session: str | None, last: str | None) -> str:
-        try:
-            answer: str | TailserveError = await self._handle.submit.remote(request, ingress, session=session, last=last)
-        except RayError as error:
-            raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
+    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> str:
+        for left in reversed(range(SUBMIT_ATTEMPTS)):
+            try:
+                answer: str | TailserveError = await self._handle.submit.remote(request, ingress, placing=placing)
+            except RayError as error:
+                # Whether it had taken the request or not, it will not answer it.
+                if not left:
+                    raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
+            else:
+                break
         if isinstance(answer, TailserveError):
             raise answer
         return answer

@@ -13,7 +13,7 @@ import msgspec
 from tailserve.engine.admission import Admission
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import InvalidRequestError, NotReadyError, QueueFullError
-from tailserve.engine.stats import EngineGauges
+from tailserve.engine.stats import InstanceLoad
 from tailserve.engine.types import FinishReason, Request, SloClass, TokenChunk
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ LOAD_S = 0.05
 IDLE_CHECK_S = 1.0
 """How soon the death of an idle verifier is noticed."""
 
-Publish = Callable[[Mapping[str, list[TokenChunk]], EngineGauges], None]
+Publish = Callable[[Mapping[str, list[TokenChunk]], InstanceLoad], None]
 
 
 class EngineLoop:
@@ -42,8 +42,7 @@ class EngineLoop:
         self._abort_ingresses: list[str] = []
         self._drops: list[tuple[str, str, Future[int]]] = []
         self._admission = Admission(classes)
-        self._noted_s = time.monotonic()
-        self._admission.note(engine.load(), self._noted_s)
+        self._note_load(time.monotonic())
         self._stopping = False
         self.failure: BaseException | None = None
         self._owners: dict[str, str] = {}
@@ -158,8 +157,7 @@ class EngineLoop:
                     count.set_result(dropped)
             now = time.monotonic()
             if requests or now >= self._noted_s + LOAD_S:
-                self._noted_s = now
-                self._admission.note(self._engine.load(), now)
+                self._note_load(now)
             stopping = self._stopping
         self._deliver(ended)
         return not stopping
@@ -173,7 +171,12 @@ class EngineLoop:
             by_ingress.setdefault(self._owners[chunk.request_id], []).append(chunk)
             if chunk.finish_reason is not None:
                 del self._owners[chunk.request_id]
-        self._publish(by_ingress, self._engine.gauges())
+        self._publish(by_ingress, self._state)
+
+    def _note_load(self, now: float) -> None:
+        self._noted_s = now
+        self._admission.note(self._engine.load(), now)
+        self._state = self._admission.state(self._engine.gauges().num_waiting, now)
 
 
 def _aged(request: Request, seconds: float) -> Request:

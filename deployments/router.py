@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import msgspec
 from ray import serve
 
 from tailserve.cluster import placement
+from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.draft import DraftLink, DraftOptions
@@ -50,6 +52,7 @@ class Router:
         # ipc sockets live here; mkdtemp makes it private to this user.
         self._directory = Path(tempfile.mkdtemp(prefix="tailserve-"))
         self._outboxes = Outboxes()
+        self._sweeper: asyncio.Task[None] | None = None
         try:
             await asyncio.to_thread(self._start)
         except BaseException:
@@ -98,12 +101,11 @@ class Router:
         request: bytes,
         ingress: str,
         *,
-        session: str | None = None,
-        last: str | None = None,
+        placing: Placing,
     ) -> str | TailserveError:
         """Accepts an encoded `Request` and returns this instance's name, to read the stream from.
 
-        `session`, `last`: what `InstanceRequestRouter` goes by.
+        `placing`: what `InstanceRequestRouter` went by.
 
         Refusals (see `EngineLoop.submit`) are returned, not raised: Serve logs a traceback for whatever a replica raises,
         and being full is no accident.
@@ -135,6 +137,7 @@ class Router:
         """What this instance is, and how it does."""
         return {
             "instance": self._instance,
+            "pid": os.getpid(),
             "model": msgspec.to_builtins(self._info),
             "load": msgspec.to_builtins(self._engine.gauges()),
             "stats": msgspec.to_builtins(self._engine.stats),
@@ -165,8 +168,9 @@ class Router:
             raise RuntimeError("the verifier could not be restarted")
 
     async def __del__(self) -> None:
-        self._sweeper.cancel()
-        await asyncio.to_thread(self._stop)
+        if self._sweeper is not None:  # it has started
+            self._sweeper.cancel()
+            await asyncio.to_thread(self._stop)
 
     def _stop(self) -> None:
         self._loop.stop()
@@ -198,6 +202,7 @@ def load_options(config: TailserveConfig) -> LoadOptions:
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         num_blocks=config.num_kv_blocks,
+        host_bytes=int(config.kv_offloading_size * (1 << 30)),
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_seqs=config.max_num_seqs,
         num_threads=config.cpu_threads,
@@ -219,6 +224,7 @@ def engine_settings(config: TailserveConfig, info: ModelInfo, *, num_outcomes: i
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=info.max_model_len,
         num_blocks=info.num_blocks,
+        num_host_blocks=info.num_host_blocks,
         block_size=info.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
         session_ttl_s=config.session_ttl_s,

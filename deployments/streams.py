@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 import msgspec
 
 from tailserve.engine.errors import NotReadyError
-from tailserve.engine.stats import EngineGauges
+from tailserve.engine.stats import InstanceLoad
 from tailserve.engine.types import TokenChunk
 
 LINGER_S = 0.2
@@ -21,7 +21,7 @@ class StepMessage(msgspec.Struct, frozen=True, array_like=True):
     """What one step made for the requests of one ingress, and how busy the instance is."""
 
     chunks: list[TokenChunk]
-    load: EngineGauges
+    load: InstanceLoad
 
 
 class Outbox:
@@ -57,7 +57,7 @@ class Outboxes:
         if box.readers == 0:
             box.unread_since = self._loop.time()
 
-    def publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: EngineGauges) -> None:
+    def publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: InstanceLoad) -> None:
         """Called by the engine's thread with what a step made: one message for each ingress, and one hop between threads."""
         messages = [
             (ingress, self._encoder.encode(StepMessage(chunks, load)), sum(c.finish_reason is not None for c in chunks))

@@ -6,6 +6,7 @@ from collections import Counter, deque
 from typing import NamedTuple
 
 from tailserve.engine.load import ClassLoad, Load
+from tailserve.engine.stats import InstanceLoad
 from tailserve.engine.types import Request, SloClass
 
 RATE_S = 10.0
@@ -117,7 +118,7 @@ class Admission:
         if ahead >= places and (len(tenants) == 1 or line.entered[request.tenant] >= share):
             return (line.num_queued + len(line.kept) - places + 1) / line.rate(now)
         if slo.admission == "reject":
-            return self._first_token_s(line, request, now) - slo.ttft_s
+            return request.age_s + self._first_token_s(line, len(request.prompt_token_ids), now) - slo.ttft_s
         return 0.0
 
     def _num_before(self, line: _Line) -> int:
@@ -125,10 +126,16 @@ class Admission:
         others = (other for other in self._lines.values() if other is not line)
         return sum(other.num_queued for other in others if other.slo.priority <= line.slo.priority)
 
-    def _first_token_s(self, line: _Line, request: Request, now: float) -> float:
-        """Seconds from the request's arrival to its first token: the prompts before it are read, and there is a slot."""
+    def state(self, num_waiting: int, now: float) -> InstanceLoad:
+        """What those who choose among instances go by."""
+        waits = {name: self._first_token_s(line, 0, now) for name, line in self._lines.items()}
+        return InstanceLoad(num_waiting, waits, self._load.token_s)
+
+    def _first_token_s(self, line: _Line, num_tokens: int, now: float) -> float:
+        """Seconds from now to the first token of a request of so many: the prompts before it are read, and there is a
+        slot."""
         due = line.num_due(now)
         behind = max(line.num_queued + due + self._num_before(line) - line.load.free_slots + 1, 0)
-        unread = (line.new + due + 1) * len(request.prompt_token_ids)
+        unread = (line.new + due + 1) * num_tokens
         reading = line.load.reading_s + unread * self._load.token_s
-        return request.age_s + max(reading, behind / line.rate(now) if behind else 0.0)
+        return max(reading, behind / line.rate(now) if behind else 0.0)

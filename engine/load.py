@@ -22,8 +22,7 @@ class ClassLoad(NamedTuple):
     num_started: int
     """Requests that have had it since the engine began."""
     reading_s: float
-    """Time to read the prompts, of this class and of more urgent ones, that are not read; 0 for classes with `admission:
-    wait`, which do not ask."""
+    """Time to read the prompts, of this class and of more urgent ones, that are not read."""
 
 
 class Load(NamedTuple):
@@ -43,12 +42,13 @@ def measure_load(scheduler: Scheduler, times: StepTimes) -> Load:
             queued[name][tenant] = count
     many = config.max_num_batched_tokens
     token_s = (times.predict(many, unsampled=many, excess=0) or 0.0) / many
+    unread = _unread(scheduler)
     classes = {
         slo.name: ClassLoad(
             config.max_num_seqs - _num_ahead(scheduler, slo),
             queued[slo.name],
             residency.started[slo.name],
-            token_s * _unread(scheduler, slo),
+            token_s * sum(count for level, count in unread.items() if level <= slo.priority),
         )
         for slo in config.classes
     }
@@ -61,10 +61,11 @@ def _num_ahead(scheduler: Scheduler, slo: SloClass) -> int:
     return begin_of_level(running, slo.priority + 1) if scheduler.config.paced else len(running)
 
 
-def _unread(scheduler: Scheduler, slo: SloClass) -> int:
-    """Prompt tokens to be read before those of a new request of this class, where somebody asks."""
-    if slo.admission == "wait":
-        return 0
-    lines = (scheduler.residency.running, scheduler.residency.waiting)
-    ahead = [seq for line in lines for seq in line if seq.key.level <= slo.priority]
-    return sum(max(seq.prompt_len - seq.num_computed, 0) for seq in ahead if seq.due_s is None)
+def _unread(scheduler: Scheduler) -> Counter[int]:
+    """Level to prompt tokens that are to be read."""
+    unread: Counter[int] = Counter()
+    for line in (scheduler.residency.running, scheduler.residency.waiting):
+        for seq in line:
+            if seq.due_s is None:
+                unread[seq.key.level] += max(seq.prompt_len - seq.num_computed, 0)
+    return unread

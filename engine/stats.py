@@ -19,6 +19,11 @@ class EngineStats(msgspec.Struct, kw_only=True):
     prefix_cache_queries: int = 0
     """Tokens looked up in the prefix cache."""
     prefix_cache_hits: int = 0
+    host_cache_hits: int = 0
+    """Those of them that came from the second tier."""
+    moved_blocks: int = 0
+    """Blocks copied to the second tier and back."""
+    move_seconds: float = 0.0
     preemptions: int = 0
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
@@ -36,6 +41,16 @@ class EngineStats(msgspec.Struct, kw_only=True):
     executor_restarts: int = 0
     finished: dict[str, int] = {}
     """Finish reason to requests."""
+
+
+class InstanceLoad(msgspec.Struct, frozen=True, array_like=True):
+    """How long who comes to an instance has to wait; it travels with the tokens, to those who choose among instances."""
+
+    num_waiting: int
+    waits_s: dict[str, float]
+    """Class to seconds until the first token of a request that comes now, the reading of its own prompt aside."""
+    token_s: float
+    """Seconds for each token of a prompt."""
 
 
 class EngineGauges(msgspec.Struct, frozen=True, kw_only=True):

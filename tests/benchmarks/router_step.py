@@ -27,6 +27,7 @@ from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.streams import Outboxes
 from tailserve.engine.engine import Engine
 from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
+from tailserve.engine.stats import InstanceLoad
 from tailserve.engine.types import Batch, StepResult
 
 NUM_DRAFTS = 4
@@ -103,7 +104,7 @@ async def measure(num_running: int, context: int, *, speculate: bool, steps: int
         executor.waited = drafter.waited = 0.0
         begin = time.perf_counter()
         chunks = engine.step()
-        outboxes.publish({"ingress": chunks}, engine.gauges())
+        outboxes.publish({"ingress": chunks}, InstanceLoad(0, {"critical": 0.0, "normal": 0.0}, 0.0))
         times.append(time.perf_counter() - begin - executor.waited - drafter.waited)
         await asyncio.sleep(0)
     p50, p99 = np.percentile(np.array(times) * 1e3, [50, 99])

@@ -2,9 +2,11 @@
 
 from collections import Counter
 
-from tailserve.cluster.affinity import FRESH_S, Loads, choose_instance
+from tailserve.cluster.affinity import FRESH_S, Loads, Placing, choose_instance
+from tailserve.engine.stats import InstanceLoad
 
 IDLE = {"a": 0, "b": 0, "c": 0, "d": 0}
+STRANGER = Placing("critical", 100)
 
 
 def test_sessions_stay_where_they_are_and_are_spread_evenly() -> None:
@@ -30,8 +32,41 @@ def test_an_overloaded_instance_gets_no_session_until_it_is_no_longer() -> None:
         assert choose_instance(f"s{number}", dict.fromkeys(IDLE, 10), last=home) == home
 
 
+def busy(critical_s: float, normal_s: float, num_waiting: int = 0) -> InstanceLoad:
+    return InstanceLoad(num_waiting, {"critical": critical_s, "normal": normal_s}, 0.001)
+
+
+def test_strangers_go_where_the_first_token_of_their_class_comes_soonest() -> None:
+    loads = Loads()
+    loads.note("a", busy(0.0, 9.0), now=1.0)
+    loads.note("b", busy(0.4, 1.0), now=1.0)
+    assert loads.choose(STRANGER, ["a", "b"], now=1.1) == {"a"}
+    assert loads.choose(STRANGER._replace(slo_class="normal"), ["a", "b"], now=1.1) == {"b"}
+
+
+def test_those_that_nothing_tells_apart_are_left_to_serve() -> None:
+    assert Loads().choose(STRANGER, ["a", "b"], now=1.0) == {"a", "b"}
+
+
+def test_what_was_just_sent_there_counts_until_the_instance_says_more() -> None:
+    loads = Loads()
+    loads.note("a", busy(0.0, 0.0), now=1.0)
+    loads.note("b", busy(0.05, 0.05), now=1.0)
+    assert [loads.choose(STRANGER, ["a", "b"], now=1.0) for _ in range(3)] == [{"a"}, {"b"}, {"a"}]
+    loads.note("a", busy(0.0, 0.0), now=1.1)
+    assert loads.choose(STRANGER, ["a", "b"], now=1.1) == {"a"}
+
+
+def test_a_session_counts_those_who_wait() -> None:
+    loads = Loads()
+    placing = Placing("critical", 1, session="s", last="a")
+    loads.note("a", busy(0.0, 0.0, num_waiting=20), now=1.0)
+    assert loads.choose(placing, ["a", "b"], now=1.0) == {"b"}
+    assert loads.choose(placing, ["a", "b"], now=1.0 + 2 * FRESH_S) == {"a"}
+
+
 def test_what_an_instance_said_long_ago_does_not_count() -> None:
     loads = Loads()
-    loads.note("a", 7, now=1.0)
-    assert loads.waiting(["a", "b"], now=1.0 + FRESH_S / 2) == {"a": 7, "b": 0}
-    assert loads.waiting(["a", "b"], now=1.0 + 2 * FRESH_S) == {"a": 0, "b": 0}
+    loads.note("a", busy(7.0, 7.0), now=1.0)
+    assert loads.choose(STRANGER, ["a", "b"], now=1.0 + FRESH_S / 2) == {"b"}
+    assert loads.choose(STRANGER, ["a", "b"], now=2.0 + 2 * FRESH_S) == {"a", "b"}

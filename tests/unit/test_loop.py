@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from tailserve.deployments.loop import EngineLoop
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import InvalidRequestError, NotReadyError, QueueFullError
-from tailserve.engine.stats import EngineGauges
+from tailserve.engine.stats import InstanceLoad
 from tailserve.engine.types import Batch, FinishReason, TokenChunk
 
 
@@ -39,7 +39,7 @@ class Harness:
         self.ends: dict[str, TokenChunk] = {}
         self.loop = EngineLoop(Engine(config, self.executor), config.classes, self.publish)
 
-    def publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: EngineGauges) -> None:
+    def publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: InstanceLoad) -> None:
         for chunk in (chunk for chunks in by_ingress.values() for chunk in chunks):
             if chunk.finish_reason is not None:
                 assert chunk.request_id not in self.ends

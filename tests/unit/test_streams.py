@@ -8,10 +8,10 @@ from tailserve.deployments import streams
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.streams import Outboxes, StepMessage
 from tailserve.engine.errors import NotReadyError
-from tailserve.engine.stats import EngineGauges
+from tailserve.engine.stats import InstanceLoad
 from tailserve.engine.types import FinishReason, Request, SamplingParams, TokenChunk
 
-LOAD = EngineGauges(num_running=1, num_waiting=0, kv_cache_usage=0.5)
+LOAD = InstanceLoad(0, {}, 0.001)
 
 
 def request(name: str) -> Request:
@@ -142,7 +142,7 @@ async def test_a_session_asks_for_the_instance_it_was_at(monkeypatch: pytest.Mon
         scope = None if session_id is None else f"scope of {session_id}"
         asked = msgspec.structs.replace(request(str(number)), session_id=session_id, scope=scope)
         await client.submit(asked, asyncio.Queue())
-    assert [(asked["session"], asked["last"]) for asked in instances.asked] == [
+    assert [(asked["placing"].session, asked["placing"].last) for asked in instances.asked] == [
         (None, None),
         ("scope of s", None),
         ("scope of s", "here"),
