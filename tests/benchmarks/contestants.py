@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 
 from harness import free_port
 
-from tailserve.cluster.settings import settings
+from tailserve.cluster.settings import PROXY_PORTS, settings
 from tailserve.deployments.demo import demo_model
 
 PEERS = settings().cache_directory / "peers"
@@ -86,7 +86,8 @@ def _started(
     name: str, command: Sequence[str], url: str, ready_path: str, environment: Mapping[str, str], log: Path
 ) -> Iterator[Contestant]:
     mark = uuid.uuid4().hex
-    full = os.environ | dict(environment) | {_MARK: mark}
+    inherited = {key: value for key, value in os.environ.items() if key not in PROXY_PORTS}
+    full = inherited | dict(environment) | {_MARK: mark}
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=full, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     contestant = Contestant(name, url, ready_path, process, mark)
