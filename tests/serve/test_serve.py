@@ -249,16 +249,21 @@ async def test_two_turns_over_one_websocket(client: openai.AsyncOpenAI) -> None:
 
 @pytest.mark.parametrize("how", ["cancel", "drop"])
 async def test_a_websocket_that_is_cancelled_or_dropped_frees_its_sequence(
-    server: Server, client: openai.AsyncOpenAI, how: str
+    server: Server, client: openai.AsyncOpenAI, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with client.responses.connect() as connection:
-        await connection.response.create(model=MODEL, input="Tell me a long story.", max_output_tokens=1500, temperature=0)
-        while (await connection.recv()).type != "response.output_text.delta":
-            pass
-        steps = (await server.status())["stats"]["steps"]
-        if how == "cancel":
-            await connection.send_raw('{"type": "response.cancel"}')
-    while (status := await server.status())["load"]["num_running"]:
-        await asyncio.sleep(0)
-    # Two steps, and those during which the message and the question were on their way.
-    assert status["stats"]["steps"] - steps < 30
+    steps = []
+    for _ in range(4):
+        async with client.responses.connect() as connection:
+            story = {"input": "Tell me a long story.", "max_output_tokens": 1500, "temperature": 0}
+            await connection.response.create(model=MODEL, **story)
+            while (await connection.recv()).type != "response.output_text.delta":
+                pass
+            left = await server.status()
+            if how == "cancel":
+                await connection.send_raw('{"type": "response.cancel"}')
+                await asyncio.to_thread(server.check_idle)
+        await asyncio.to_thread(server.check_idle)
+        steps.append((await server.status())["stats"]["steps"] - left["stats"]["steps"])
+    with capsys.disabled():
+        print(f"\nsteps between {how} and free blocks over a WebSocket, the one under way included: {steps}")
+    assert sorted(steps)[1] <= 4, "the client side takes a step more now and then, not as a rule"
