@@ -124,6 +124,9 @@ class TailserveConfig(_Strict):
     )
     block_size: int = Field(default=16, ge=1, le=256, description="tokens of one KV block")
     num_kv_blocks: int | None = Field(default=None, ge=1, description="default: from the memory that is free")
+    kv_offloading_size: float = Field(
+        default=0, ge=0, description="GiB of host memory for KV blocks of sessions for which there is no room; 0: none"
+    )
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     cpu_threads: int | None = Field(default=None, ge=1, description="threads of the verifier; default: all cores")
     enable_prefix_caching: bool = True

@@ -34,8 +34,9 @@ def find_draft(config: TailserveConfig) -> Path | None:
 def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) -> DraftPlan:
     """`options` are the verifier's; sockets go into `directory`."""
     load = options
+    options = msgspec.structs.replace(options, host_bytes=0)
     if config.drafts and config.draft_branches > 1:
-        load = msgspec.structs.replace(options, num_spare_blocks=spare_blocks(options.block_size))
+        load = msgspec.structs.replace(load, num_spare_blocks=spare_blocks(options.block_size))
     verifier = VerifierOptions(load=load, block_verification=config.verification == "block")
     if not config.drafts:
         return DraftPlan(verifier, None)

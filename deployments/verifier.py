@@ -55,7 +55,13 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
             model.tap(options.feature_layers)
             publish = Outlet[StateMessage](options.states_endpoint).send
         info = msgspec.structs.replace(info, step_profile=profile_steps(model))
-        runner = ModelRunner(model, publish, block_verification=options.block_verification, num_blocks=info.num_blocks)
+        runner = ModelRunner(
+            model,
+            publish,
+            block_verification=options.block_verification,
+            num_blocks=info.num_blocks,
+            num_host_blocks=info.num_host_blocks,
+        )
         return info, runner.run
 
 

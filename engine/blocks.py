@@ -7,6 +7,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
+from tailserve.engine.host_tier import HostTier
+
 
 def root_hash(scope: str, adapter: str = "") -> bytes:
     """The parent of a scope's first blocks. Blocks of different scopes or adapters never have equal hashes."""
@@ -28,11 +30,14 @@ class BlockPool:
 
     A block is *held* (its count is positive), or *free*. A free block with a hash is *cached*: it can be found again until
     it is needed for something else. Free blocks are taken in this order: those without a hash, then cached ones, least
-    recently used first, then cached ones whose content is pinned, likewise.
+    recently used first, then cached ones whose content is pinned, likewise. What cached ones hold may go to a second tier.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, host: HostTier | None = None
+    ) -> None:
         self.num_blocks = num_blocks
+        self._host = host
         self.block_size = block_size
         self._caching = enable_prefix_caching
         self._refs = [0] * num_blocks
@@ -69,16 +74,19 @@ class BlockPool:
             if content is not None:
                 del self._by_hash[content]
                 self._hashes[block] = None
+                if self._host is not None:
+                    self._host.save(block, content)
             self._refs[block] = 1
             taken.append(block)
         return taken
 
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest known prefix of a chain of hashes. Does not take them: see `acquire`."""
+    def match(self, hashes: Iterable[bytes]) -> list[int | None]:
+        """The blocks that hold the longest known prefix of a chain of hashes; None for those in the second tier. Does not
+        take them: see `acquire`."""
         found = []
         for content in hashes:
             block = self._by_hash.get(content)
-            if block is None:
+            if block is None and (self._host is None or content not in self._host):
                 break
             found.append(block)
         return found

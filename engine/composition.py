@@ -36,7 +36,7 @@ class Composition:
         """The entries of a step that will begin at `start`, without drafts; the blocks they get; and what they take."""
         residency = self._residency
         self._now = now
-        plan = self._planner.open(residency.running, now, start)
+        plan = self._planner.open(residency.running, residency.host, now, start)
         self._work: list[Scheduled] = []
         self._new_blocks: dict[int, list[int]] = {}
         self._admitting = True

@@ -30,11 +30,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt and answer together."""
     num_blocks: int
     block_size: int = 16
+    num_host_blocks: int = 0
+    """Blocks of a second tier, for what sessions and displaced sequences lose of the first."""
     enable_prefix_caching: bool = True
     session_ttl_s: float = 600.0
     """For how long a session's blocks are kept after an answer, at most."""
     session_share: float = 0.5
-    """Of the blocks, how many all sessions together may keep; each tenant an equal part of them."""
+    """Of the blocks, how many all sessions together may keep; each tenant an equal part of them. The second tier is theirs
+    as a whole."""
     step_profile: tuple[tuple[int, float], ...] = ()
     """Tokens and seconds of steps, as measured before there was traffic."""
     sampled_drafts: bool = False

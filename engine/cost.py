@@ -19,6 +19,8 @@ NOISE = 0.06
 """Of a step's time, from one to the next of the same content (standard deviation)."""
 DRIFT_ALL, DRIFT_EACH = 0.01, 0.004
 """By how much all times change together, and each for itself, from step to step: a busier machine slows all of them down."""
+MOVE_WEIGHT = 0.2
+"""Of the newest step with moves in the mean time of one."""
 REMEMBERED = 512
 """Predictions whose errors are kept."""
 
@@ -34,6 +36,8 @@ class StepTimes:
         """`profile`: tokens and seconds of steps of single tokens at a context of `CONTEXT`, measured before there was
         traffic; may be empty."""
         self._known = False
+        self.move_s = 0.0
+        """For each block that is moved between the tiers of KV blocks."""
         self._excess = 0
         self._ratios: deque[float] = deque(maxlen=REMEMBERED)
         if profile:
@@ -80,6 +84,11 @@ class StepTimes:
         np.minimum(heights[:low], heights[low], out=heights[:low])
         np.maximum(heights[low + 2 :], heights[low + 1], out=heights[low + 2 :])
         self._settle()
+
+    def observe_moves(self, count: int, seconds: float) -> None:
+        """Learns from a step that moved `count` blocks first."""
+        if count:
+            self.move_s += MOVE_WEIGHT * (seconds / count - self.move_s)
 
     def errors(self) -> tuple[float, float]:
         """Median and p99 of how far predictions were off lately, as a share of what was predicted; 0 before any."""

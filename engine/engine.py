@@ -47,6 +47,7 @@ class _UnderWay(NamedTuple):
     states: bool
     """The draft gets hidden states of it."""
     has_drafts: bool
+    num_moves: int
 
 
 class Executor(Protocol):
@@ -154,7 +155,11 @@ class Engine:
             return self.scheduler.take_ended()
         self._losses = 0
         done = self._under_way.popleft()
-        self._times.observe(done.num_tokens, result.duration_s, unsampled=done.unsampled, excess=done.excess)
+        computed_s = result.duration_s - result.moved_s
+        self._times.observe(done.num_tokens, computed_s, unsampled=done.unsampled, excess=done.excess)
+        self._times.observe_moves(done.num_moves, result.moved_s)
+        self.stats.moved_blocks += done.num_moves
+        self.stats.move_seconds += result.moved_s
         self._expect_end()
         chunks = self.scheduler.commit(result, self._clock())
         self._note_step(done, result)
@@ -215,6 +220,7 @@ class Engine:
                     wanted,
                     states,
                     bool(batch.drafts),
+                    len(batch.moves),
                 )
             )
             if len(self._under_way) == 1:
@@ -228,7 +234,8 @@ class Engine:
         """A step begins to run now, if there is one: when to schedule the next."""
         step = self._under_way[0] if self._under_way else None
         predicted = step and self._times.predict(step.num_tokens, unsampled=step.unsampled, excess=step.excess)
-        self._ends = None if predicted is None else self._clock() + predicted
+        moving = step.num_moves * self._times.move_s if step else 0.0
+        self._ends = None if predicted is None else self._clock() + predicted + moving
         self._due = math.inf if self._ends is None else self._ends - LEAD_S
 
     def _time_to_spare(self) -> float | None:

@@ -30,6 +30,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     num_blocks: int | None = None
     """None: from the memory that is free; see `tailserve.engine.model.memory`."""
+    host_bytes: int = 0
+    """Host memory for a second tier of blocks."""
     num_spare_blocks: int = 0
     """More blocks, behind those, which the scheduler knows nothing of."""
     gpu_memory_utilization: float = 0.9

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 
 from tailserve.engine.blocks import BlockPool
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import StepTimes
+from tailserve.engine.host_tier import HostTier
 from tailserve.engine.sequence import Sequence
 
 MOST_DELETED = 100_000
@@ -28,45 +30,58 @@ class Session:
 
     def __init__(self, gap_s: float) -> None:
         self.hashes: tuple[bytes, ...] = ()
-        """Of its pinned blocks, the first of the conversation first."""
+        """Of its blocks, the first of the conversation first."""
         self.ended_s = 0.0
+        """When its last answer did."""
         self.until_s = 0.0
+        """For how long it is pinned."""
         self.gap_s = gap_s
         """Seconds between its turns, a running mean."""
 
 
+Name = tuple[str, str]
+"""Tenant and session id."""
+
+
 class Pins:
-    """Pins the blocks of a session when one of its answers ends.
+    """Keeps the blocks of a session when one of its answers ends: pinned on the device at first.
 
     For how long follows from what computing them again would cost and from the time that passed between its turns, or
     between those of others as long as there was one only (cf. CachedAttention, Gao et al., USENIX ATC 2024). No tenant's
     sessions pin more than its share of the pool: where they would, those whose last answers ended first yield. The same
     order holds where the pool needs blocks, so that pins delay nobody.
+
+    Who yields is kept in the second tier, if there is one, up to the tenant's share of that and for `session_ttl_s` at most.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, times: StepTimes) -> None:
+    def __init__(self, config: EngineConfig, pool: BlockPool, host: HostTier, times: StepTimes) -> None:
         self._config = config
         self._pool = pool
+        self._host = host
         self._times = times
-        self._sessions: OrderedDict[tuple[str, str], Session] = OrderedDict()
-        """Tenant and session id to what is kept, by the ends of their last answers."""
-        self._pinned: Counter[str] = Counter()
+        self._pinned: OrderedDict[Name, Session] = OrderedDict()
+        """By the ends of their last answers."""
+        self._yielded: OrderedDict[Name, Session] = OrderedDict()
+        """By when they ceased to be pinned."""
+        self._num_pinned: Counter[str] = Counter()
         """Tenant to blocks."""
-        self._epochs: dict[tuple[str, str], int] = {}
+        self._num_kept: Counter[str] = Counter()
+        """Those of `_yielded` included."""
+        self._epochs: dict[Name, int] = {}
         self._gap_s = FIRST_GAP_S
         self._expired_s = float("-inf")
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return len(self._pinned) + len(self._yielded)
 
     @property
     def num_blocks(self) -> int:
         """Pinned blocks; those that two sessions share count twice."""
-        return self._pinned.total()
+        return self._num_pinned.total()
 
     def begin(self, seq: Sequence, now: float) -> None:
         """A turn begins, perhaps a session's first."""
-        session = self._sessions.get(_name(seq))
+        session = self._find(_name(seq))
         if session is not None and session.ended_s:
             gap = max(now - session.ended_s, 0.0)
             session.gap_s += 0.5 * (gap - session.gap_s)
@@ -77,70 +92,105 @@ class Pins:
         name, now = _name(seq), seq.moved_s
         if not name[1] or seq.epoch != self.epoch(*name):
             return  # no session, or one that was deleted meanwhile
-        session = self._sessions.pop(name, None) or Session(self._gap_s)
+        before = self._find(name)
+        session = Session(self._gap_s if before is None else before.gap_s)
         # What is public is nobody's own.
-        hashes = tuple(seq.hashes[seq.request.num_public // self._config.block_size : seq.num_registered])
-        # One of several turns at once that ended early takes nothing from the others.
-        if len(hashes) >= len(session.hashes) or hashes != session.hashes[: len(hashes)]:
-            self._pin(name[0], session, hashes)
+        session.hashes = tuple(seq.hashes[seq.request.num_public // self._config.block_size : seq.num_registered])
+        if before is not None and session.hashes == before.hashes[: len(session.hashes)]:
+            # One of several turns at once that ended early takes nothing from the others.
+            session.hashes = before.hashes
         cost_s = self._times.predict(len(seq.token_ids), unsampled=len(seq.token_ids), excess=0) or WORTH_S
         session.ended_s = now
         session.until_s = now + min(PATIENCE * session.gap_s * min(cost_s / WORTH_S, 1.0), self._config.session_ttl_s)
-        self._sessions[name] = session
+        self._keep(name, session)
+        if before is not None:
+            self._forget(name, before)
+        self._pinned[name] = session
         self._keep_to_share(name[0])
 
     def expire(self, now: float) -> None:
-        """Unpins what has been kept for long enough; may be called in every step."""
+        """Lets go of what has been kept for long enough; may be called in every step."""
         if now < self._expired_s + EXPIRE_S:
             return
         self._expired_s = now
-        for name in [name for name, session in self._sessions.items() if session.until_s <= now]:
-            self._unpin(name)
+        for name in [name for name, session in self._pinned.items() if session.until_s <= now]:
+            self._yield(name)
+        for name, session in list(self._yielded.items()):
+            if session.ended_s + self._config.session_ttl_s <= now:
+                self._forget(name, session)
 
     def drop(self, tenant: str, session_id: str) -> int:
-        """Forgets a session and what its blocks hold, at once, also of turns that still run. Returns how many blocks were
-        kept of it."""
+        """Forgets a session and what its blocks hold, at once, also of turns that still run. Returns how many blocks had
+        them, in both tiers."""
         name = tenant, session_id
         self._epochs[name] = self._epochs.pop(name, 0) + 1
         if len(self._epochs) > MOST_DELETED:
             del self._epochs[next(iter(self._epochs))]
-        session = self._sessions.get(name)
+        session = self._find(name)
         if session is None:
             return 0
-        self._unpin(name)
-        return self._pool.drop(session.hashes)
+        return self._forget(name, session) + self._pool.drop(session.hashes)
 
     def epoch(self, tenant: str, session_id: str) -> int:
         """How often a session was deleted: blocks from before are not found any more."""
         return self._epochs.get((tenant, session_id), 0)
 
-    def check_integrity(self) -> None:
-        """AssertionError where pins and sessions disagree."""
-        counted = Counter(content for session in self._sessions.values() for content in session.hashes)
-        assert counted == self._pool.pins, "pinned content and sessions disagree"
-        pinned: Counter[str] = Counter()
-        for (tenant, _), session in self._sessions.items():
-            pinned[tenant] += len(session.hashes)
-        assert +pinned == +self._pinned, f"{pinned} pinned, {self._pinned} counted"
+    def check_integrity(self, displaced: Iterable[bytes]) -> None:
+        """AssertionError where pins, tiers and sessions disagree. `displaced`: what is kept for others than sessions."""
+        pinned = Counter(content for session in self._pinned.values() for content in session.hashes)
+        assert pinned == self._pool.pins, "pinned content and sessions disagree"
+        kept = pinned + Counter(content for session in self._yielded.values() for content in session.hashes)
+        self._host.check_integrity(kept + Counter(displaced))
+        for line, counted in ((self._pinned, self._num_pinned), ({**self._pinned, **self._yielded}, self._num_kept)):
+            blocks: Counter[str] = Counter()
+            for (tenant, _), session in line.items():
+                blocks[tenant] += len(session.hashes)
+            assert +blocks == +counted, f"{blocks} blocks kept, {counted} counted"
 
-    def _pin(self, tenant: str, session: Session, hashes: tuple[bytes, ...]) -> None:
-        self._pool.pin(hashes)
-        self._pool.unpin(session.hashes)
-        self._pinned[tenant] += len(hashes) - len(session.hashes)
-        session.hashes = hashes
+    def _find(self, name: Name) -> Session | None:
+        return self._pinned.get(name) or self._yielded.get(name)
 
-    def _unpin(self, name: tuple[str, str]) -> None:
-        session = self._sessions.pop(name)
+    def _keep(self, name: Name, session: Session) -> None:
+        self._pool.pin(session.hashes)
+        self._host.keep(session.hashes)
+        self._num_pinned[name[0]] += len(session.hashes)
+        self._num_kept[name[0]] += len(session.hashes)
+
+    def _yield(self, name: Name) -> None:
+        """Its blocks go as others do, but to the second tier."""
+        session = self._pinned.pop(name)
         # The last of a prefix first: it is the first to be evicted.
         self._pool.unpin(reversed(session.hashes))
-        self._pinned[name[0]] -= len(session.hashes)
+        self._num_pinned[name[0]] -= len(session.hashes)
+        self._yielded[name] = session
+        if not self._host.num_blocks:
+            self._forget(name, session)
+
+    def _forget(self, name: Name, session: Session) -> int:
+        """Returns how many blocks of the second tier are free now."""
+        if self._pinned.get(name) is session:
+            del self._pinned[name]
+            self._pool.unpin(reversed(session.hashes))
+            self._num_pinned[name[0]] -= len(session.hashes)
+        else:
+            del self._yielded[name]
+        self._num_kept[name[0]] -= len(session.hashes)
+        return self._host.release(session.hashes)
 
     def _keep_to_share(self, tenant: str) -> None:
-        tenants = sum(count > 0 for count in self._pinned.values())
-        share = int(self._config.session_share * self._config.num_blocks) // max(tenants, 1)
-        while self._pinned[tenant] > share:
-            self._unpin(next(name for name in self._sessions if name[0] == tenant))
+        tenants = max(sum(count > 0 for count in self._num_kept.values()), 1)
+        share = int(self._config.session_share * self._config.num_blocks) // tenants
+        while self._num_pinned[tenant] > share:
+            self._yield(_first_of(tenant, self._pinned))
+        share += self._host.num_blocks // tenants
+        while self._num_kept[tenant] > share:
+            name = _first_of(tenant, self._yielded)
+            self._forget(name, self._yielded[name])
 
 
-def _name(seq: Sequence) -> tuple[str, str]:
+def _name(seq: Sequence) -> Name:
     return seq.request.tenant, seq.request.session_id or ""
+
+
+def _first_of(tenant: str, sessions: OrderedDict[Name, Session]) -> Name:
+    return next(name for name in sessions if name[0] == tenant)

@@ -10,6 +10,7 @@ from itertools import accumulate
 from tailserve.engine import slo
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import CONTEXT, StepTimes
+from tailserve.engine.host_tier import HostTier
 from tailserve.engine.pace import PROGRESS, REVIEW_S, Pace
 from tailserve.engine.sequence import Sequence
 
@@ -17,10 +18,20 @@ from tailserve.engine.sequence import Sequence
 class StepPlan:
     """What is in a step so far, and what more fits."""
 
-    def __init__(self, times: StepTimes, limit_s: float, reading_s: float, max_tokens: int, max_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        times: StepTimes,
+        host: HostTier,
+        *,
+        limit_s: float,
+        reading_s: float,
+        max_tokens: int,
+        max_prompt_tokens: int,
+    ) -> None:
         """`reading_s`: how long the step may become by prompts. `max_tokens`, and of these `max_prompt_tokens` of prompts:
-        whatever the time."""
+        whatever the time. What it moves from and to `host` takes time, too."""
         self._times = times
+        self._host = host
         self.limit_s = limit_s
         self.reading_s = reading_s
         self.tokens_left = max_tokens
@@ -75,7 +86,7 @@ class StepPlan:
         seconds = self._times.predict(
             self._tokens + tokens, unsampled=self._unsampled + unsampled, excess=self._excess + excess
         )
-        return seconds or 0.0
+        return (seconds or 0.0) + len(self._host.moves) * self._times.move_s
 
 
 class Planner:
@@ -92,8 +103,8 @@ class Planner:
             some.name: Pace(some, times, config.max_num_seqs, guarded=some.name in self._guarded) for some in config.classes
         }
 
-    def open(self, running: List[Sequence], now: float, start: float) -> StepPlan:
-        """An empty step that will begin at `start`, for these running sequences."""
+    def open(self, running: List[Sequence], host: HostTier, now: float, start: float) -> StepPlan:
+        """An empty step that will begin at `start`, for these running sequences. `host`: their second tier."""
         config = self._config
         generating = [seq for seq in running if seq.num_pending == 1]
         prompts = config.max_num_batched_tokens - len(generating)
@@ -106,7 +117,14 @@ class Planner:
             alone = self._times.predict(len(generating), excess=sum(seq.num_scheduled + 1 - CONTEXT for seq in generating))
             bearable = min(seq.aimed_s for seq in generating)
             reading = min(limit, max(bearable, PROGRESS * (alone or 0.0)))
-        return StepPlan(self._times, limit, reading, config.max_num_batched_tokens, prompts)
+        return StepPlan(
+            self._times,
+            host,
+            limit_s=limit,
+            reading_s=reading,
+            max_tokens=config.max_num_batched_tokens,
+            max_prompt_tokens=prompts,
+        )
 
     def is_guarded(self, seq: Sequence) -> bool:
         return seq.slo.name in self._guarded

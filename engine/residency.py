@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from tailserve.engine.blocks import BlockPool
 from tailserve.engine.config import EngineConfig
+from tailserve.engine.host_tier import HostTier
 from tailserve.engine.sequence import Key, Sequence
 from tailserve.engine.stats import EngineStats
 from tailserve.engine.types import RowJoin
@@ -35,7 +36,10 @@ class Residency:
     def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
         self.config = config
         self.stats = stats
-        self.pool = BlockPool(config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.host = HostTier(config.num_host_blocks)
+        self.pool = BlockPool(
+            config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching, host=self.host
+        )
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.queued: Counter[tuple[str, str]] = Counter()
@@ -55,6 +59,7 @@ class Residency:
         """Takes a sequence out of its line; its blocks are free on return."""
         if seq.row is None:
             del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
+            self._release_kept(seq)
             if seq.num_cached is None:
                 self._dequeue(seq)
         else:
@@ -74,8 +79,11 @@ class Residency:
         insort(line, seq, key=place_in_line)
 
     def preempt(self, seq: Sequence) -> None:
-        """Takes a running sequence's row and blocks. It keeps its tokens and its place in line."""
+        """Takes a running sequence's row and blocks. It keeps its tokens, its place in line, and what there is room for in
+        the second tier."""
         self.stats.preemptions += 1
+        seq.num_kept = seq.num_registered
+        self.host.keep(seq.hashes[: seq.num_kept])
         self._leave(seq)
         insort(self.waiting, seq, key=place_in_line)
 
@@ -86,6 +94,7 @@ class Residency:
         self.joins.clear()
         self.leaves.clear()
         self.pool.forget()
+        self.host.forget()
 
     def yield_slots(self, caps: Mapping[str, int]) -> None:
         """Running sequences give their slots to waiting ones that outrank them, as far as those may start: `caps` has how
@@ -124,18 +133,18 @@ class Residency:
         # One token more than it has now, so that a sequence does not start only to be displaced.
         total = len(seq.token_ids) // size + 1
         yieldable = sum(len(other.block_ids) for other in self.running if _outranks(seq, other))
-        if total - len(cached) + self.pool.count_free(cached) > self.pool.num_free + yieldable:
+        if self._need(total, cached) > self.pool.num_free + yieldable:
             return False  # nobody is displaced in vain
-        while total - len(cached) + self.pool.count_free(cached) > self.pool.num_free:
+        while self._need(total, cached) > self.pool.num_free:
             if not self.running or not _outranks(seq, self.running[-1]):
                 return False
             self.preempt(self.running[-1])
             cached = self.pool.match(hashes)
         del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
-        self.pool.acquire(cached)
-        seq.block_ids = cached
-        seq.num_registered = len(cached)
-        seq.num_computed = seq.num_scheduled = len(cached) * size
+        seq.block_ids = self._take_cached(hashes, cached)
+        self._release_kept(seq)
+        seq.num_registered = len(seq.block_ids)
+        seq.num_computed = seq.num_scheduled = seq.num_registered * size
         seq.row, self._next_row = self._next_row, self._next_row + 1
         insort(self.running, seq, key=place_in_line)
         self.stats.prefix_cache_queries += len(seq.token_ids)
@@ -148,8 +157,34 @@ class Residency:
         self.join(seq)
         return True
 
+    def _need(self, total: int, cached: list[int | None]) -> int:
+        """How many free blocks it takes to have `total`, with those that are cached."""
+        here = [block for block in cached if block is not None]
+        return total - len(here) + self.pool.count_free(here)
+
+    def _take_cached(self, hashes: list[bytes], cached: list[int | None]) -> list[int]:
+        """Blocks with this content: those on the device, and new ones that are filled from the second tier."""
+        self.pool.acquire(block for block in cached if block is not None)
+        self.host.touch(hashes)
+        blocks: list[int] = []
+        for content, block in zip(hashes, cached, strict=False):
+            if block is None:
+                (block,) = self.pool.allocate(1)
+                if not self.host.load(content, block):
+                    # It was there, but what had to go to make room for it took its place.
+                    self.pool.release([block, *(other for other in cached[len(blocks) + 1 :] if other is not None)])
+                    break
+                self.pool.register(block, content)
+                self.stats.host_cache_hits += self.config.block_size
+            blocks.append(block)
+        return blocks
+
+    def _release_kept(self, seq: Sequence) -> None:
+        self.host.release(seq.hashes[: seq.num_kept])
+        seq.num_kept = 0
+
     def count_cached(self, seq: Sequence) -> int:
-        """A sequence's tokens that are in the prefix cache now."""
+        """A sequence's tokens that are in the prefix cache now, or in the second tier."""
         return len(self.pool.match(self._hashes(seq))) * self.config.block_size
 
     def _hashes(self, seq: Sequence) -> list[bytes]:

@@ -43,7 +43,7 @@ class Scheduler:
         self._selection = selection
         self.residency = Residency(config, stats)
         self.planner = Planner(config, times)
-        self.pins = Pins(config, self.residency.pool, times)
+        self.pins = Pins(config, self.residency.pool, self.residency.host, times)
         self._composition = Composition(self.planner, self.residency, times)
         self._overdue = Overdue(config, times, self.residency)
         self.classes = {slo.name: slo for slo in config.classes}
@@ -182,7 +182,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Every block and every sequence is accounted for exactly once. AssertionError names what is not. O(blocks)."""
         self.residency.check_integrity()
-        self.pins.check_integrity()
+        self.pins.check_integrity(content for seq in self.residency.waiting for content in seq.hashes[: seq.num_kept])
         lines = self.residency.running + self.residency.waiting
         assert len(lines) == len(self._sequences), "a sequence is in no line, or in two"
         assert {id(seq) for seq in lines} == {id(seq) for seq in self._sequences.values()}
@@ -267,4 +267,5 @@ class Scheduler:
             joins=joins,
             leaves=leaves,
             states=states,
+            moves=self.residency.host.take_moves(),
         )

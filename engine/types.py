@@ -145,6 +145,15 @@ class RowJoin(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingParams
 
 
+class BlockMove(msgspec.Struct, frozen=True, array_like=True):
+    """One KV block's content is copied between the verifier's device and its host memory. Set by the scheduler."""
+
+    block: int
+    """On the device."""
+    host_block: int
+    to_host: bool
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """One engine step, packed: entry i of each list belongs to the same row. All fields are set by the scheduler.
 
@@ -172,6 +181,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     Entries of one token only."""
     states: bool = False
     """Whether the draft is to get the hidden states of this step's tokens, if it reads them."""
+    moves: list[BlockMove] = []
+    """Made in this order, before anything is computed."""
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
@@ -184,6 +195,8 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     logprobs: dict[int, list[TokenLogprob]]
     """Row to one entry per token, for rows that asked."""
     duration_s: float
+    moved_s: float = 0.0
+    """What of it the moves of blocks took."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,6 +205,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     max_model_len: int
     num_blocks: int
+    num_host_blocks: int = 0
+    """Of the second tier."""
     block_size: int
     kv_bytes_per_token: int
     attention_backend: str

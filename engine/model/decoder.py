@@ -140,6 +140,10 @@ class CompiledDecoder:
         for side in (self._keys, self._values):
             side[:, target] = side[:, source]
 
+    def kv_parts(self) -> list[torch.Tensor]:
+        """See `PagedModel.kv_parts`."""
+        return [torch.from_numpy(part) for side in (self._keys, self._values) for part in side]
+
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: Array) -> torch.Tensor:
         """See `PagedModel.pick`."""
         tokens = np.empty(len(logits), np.int64)

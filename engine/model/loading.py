@@ -53,8 +53,11 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     paged: PagedModel | None = None
     kv_bytes = num_blocks * options.block_size * per_token
     weight_bytes = sum(weight.nbytes for weight in model.parameters())
-    # The change needs the weights twice more, and the keys and values once.
-    at_once = options.attention_backend == "compiled" or settings.int8 or is_cached(dtype, settings.int8)
+    num_host_blocks = options.host_bytes // (options.block_size * per_token)
+    # A change later needs the weights twice more, and the keys and values once; and the second tier's blocks would be of no
+    # use behind it.
+    must = options.attention_backend == "compiled" or settings.int8 or num_host_blocks > 0
+    at_once = must or is_cached(dtype, settings.int8)
     if wanted and (at_once or free_host_memory() < 2 * weight_bytes + kv_bytes):
         paged = compile_model(model, settings, expected)
         wanted = False
@@ -72,6 +75,7 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
         vocab_size=text.vocab_size,
         max_model_len=max_model_len,
         num_blocks=num_laid_out,
+        num_host_blocks=num_host_blocks,
         block_size=options.block_size,
         kv_bytes_per_token=per_token,
         attention_backend=paged.backend,

@@ -40,6 +40,9 @@ class PagedModel(Protocol):
     def copy_block(self, source: int, target: int) -> None:
         """Copies keys and values of one block to another, in every layer."""
 
+    def kv_parts(self) -> list[torch.Tensor]:
+        """Keys and values of each layer as they lie in memory, [blocks, ...] each."""
+
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: np.ndarray) -> torch.Tensor:
         """See `tailserve.engine.speculation.sampling.pick`. `logits` are what `forward` returned, or changed in place."""
 
@@ -100,6 +103,10 @@ class TransformersModel:
         """See `PagedModel.copy_block`."""
         for side in (*self.cache.keys, *self.cache.values):
             side[target] = side[source]
+
+    def kv_parts(self) -> list[torch.Tensor]:
+        """See `PagedModel.kv_parts`."""
+        return [*self.cache.keys, *self.cache.values]
 
     def prepare(self) -> None:
         """Called once, when the model is known to be right."""

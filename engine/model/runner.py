@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from tailserve.engine.model.fork import Strand, first_strand, fork, keep
+from tailserve.engine.model.host import host_blocks
 from tailserve.engine.model.paged import PagedModel
 from tailserve.engine.model.rows import Rows
 from tailserve.engine.speculation.drafter import RowStates, StateMessage
@@ -48,20 +49,25 @@ class ModelRunner:
         *,
         block_verification: bool = False,
         num_blocks: int | None = None,
+        num_host_blocks: int = 0,
     ) -> None:
         """`publish` gets hidden states before the step is answered; the model is `tap`ped then. `block_verification` of
         drafts that were drawn by chance, instead of the token rule. `num_blocks`: those that the scheduler lays out; the
-        model's others are for branches."""
+        model's others are for branches. `num_host_blocks`: of the second tier."""
         self._model = model
         self._block = block_verification
         self._publish = publish
         self._fresh = True
         self._spares = range(model.num_blocks if num_blocks is None else num_blocks, model.num_blocks)
         self._rows = Rows()
+        self._host = host_blocks(model.kv_parts(), num_host_blocks) if num_host_blocks else None
 
     def run(self, batch: Batch) -> StepResult:
         """Computes a batch. Draft tokens and bonus tokens alike are drawn with the noise of their own position."""
         begin = time.perf_counter()
+        if self._host is not None:
+            self._host.make(batch.moves)
+        moved_s = time.perf_counter() - begin if batch.moves else 0.0
         work = list(self._rows.apply(batch))
         results: list[_Result] = []
         if work:
@@ -75,7 +81,8 @@ class ModelRunner:
             self._publish(StateMessage(batch.step, states, batch.leaves, self._fresh))
             self._fresh = False
         logprobs = {result.strand.entry.number: result.logprobs for result in results if result.logprobs is not None}
-        return StepResult(batch.step, [result.token_ids for result in results], logprobs, time.perf_counter() - begin)
+        token_ids = [result.token_ids for result in results]
+        return StepResult(batch.step, token_ids, logprobs, time.perf_counter() - begin, moved_s)
 
     def _states(self, results: list[_Result]) -> list[RowStates]:
         features = self._model.features

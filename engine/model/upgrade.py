@@ -69,6 +69,10 @@ class UpgradingModel:
         self._used[target] = True
         self._model.copy_block(source, target)
 
+    def kv_parts(self) -> list[torch.Tensor]:
+        """See `PagedModel.kv_parts`. After the change these are others."""
+        return self._model.kv_parts()
+
     def pick(self, logits: torch.Tensor, temperatures: Sequence[float], keys: np.ndarray) -> torch.Tensor:
         """See `PagedModel.pick`."""
         return self._model.pick(logits, temperatures, keys)

@@ -26,6 +26,8 @@ from tailserve.deployments.bench.load import Client, Sample
 from tailserve.deployments.bench.report import table
 
 BLOCK = 16
+WORDS_A_TURN = 40
+"""Of a question: no more than 60 tokens."""
 
 
 async def send(client: Client, messages: list[dict[str, str]], answer: int, session_id: str | None) -> Sample:
@@ -37,16 +39,35 @@ async def send(client: Client, messages: list[dict[str, str]], answer: int, sess
     return sample
 
 
+async def hold(
+    client: Client, turns: int, answer: int, chance: random.Random, *, first: int, pause_s: float
+) -> list[Sample]:
+    """The samples of a chat's turns, in a session of its own. `first`: words of its first message. `pause_s`: before each
+    turn, in the mean."""
+    samples, _ = await _hold(client, turns, answer, chance, first, pause_s)
+    return samples
+
+
 async def chat(client: Client, turns: int, answer: int, chance: random.Random) -> list[Sample]:
     """The samples of a chat's turns, and of its last one sent cold."""
-    messages: list[dict[str, str]] = []
-    samples, session_id = [], uuid.uuid4().hex
-    for _ in range(turns):
-        messages.append({"role": "user", "content": " ".join(chance.choices(WORDS, k=40))})
-        samples.append(await send(client, messages, answer, session_id))
-        messages = [*messages, {"role": "assistant", "content": samples[-1].text}]
+    samples, messages = await _hold(client, turns, answer, chance, WORDS_A_TURN, 0.0)
     mixed = [message | {"content": " ".join(_mixed(message["content"].split(), chance))} for message in messages[:-1]]
     return [*samples, await send(client, mixed, 2, None)]
+
+
+async def _hold(
+    client: Client, turns: int, answer: int, chance: random.Random, first: int, pause_s: float
+) -> tuple[list[Sample], list[dict[str, str]]]:
+    messages: list[dict[str, str]] = []
+    samples, session_id = [], uuid.uuid4().hex
+    for turn in range(turns):
+        words = chance.choices(WORDS, k=WORDS_A_TURN if turn else first)
+        messages.append({"role": "user", "content": " ".join(words)})
+        if pause_s:
+            await asyncio.sleep(chance.expovariate(1 / pause_s))
+        samples.append(await send(client, messages, answer, session_id))
+        messages = [*messages, {"role": "assistant", "content": samples[-1].text}]
+    return samples, messages
 
 
 def _mixed(words: list[str], chance: random.Random) -> list[str]:

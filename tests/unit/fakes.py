@@ -72,6 +72,11 @@ class FakeExecutor:
         assert sum(batch.lengths) + drafts + branches <= self._config.max_num_batched_tokens
         assert len(batch.rows) <= self._config.max_num_seqs
         results = []
+        for move in batch.moves:
+            if move.to_host:
+                self._host[move.host_block] = list(self._kv[move.block])
+            else:
+                self._kv[move.block] = list(self._host[move.host_block])
         for work in self._rows.apply(batch):
             for offset, token in enumerate(work.token_ids):
                 block, slot = self._locate(work.row.block_ids, work.start + offset)
@@ -101,7 +106,10 @@ class FakeExecutor:
     def _reset(self) -> None:
         self._rows = Rows()
         self.waiting: deque[Batch] = deque()
-        self._kv = [[-1] * self._config.block_size for _ in range(self._config.num_blocks)]
+        self._kv, self._host = (
+            [[-1] * self._config.block_size for _ in range(count)]
+            for count in (self._config.num_blocks, self._config.num_host_blocks)
+        )
 
     def _locate(self, block_ids: Sequence[int], position: int) -> tuple[int, int]:
         return block_ids[position // self._config.block_size], position % self._config.block_size

@@ -58,7 +58,12 @@ class Models:
                 | config
             )
         )
-        executor = LocalExecutor(self.paged, block_verification=block, num_blocks=self.info.num_blocks)
+        executor = LocalExecutor(
+            self.paged,
+            block_verification=block,
+            num_blocks=self.info.num_blocks,
+            num_host_blocks=settings.num_host_blocks,
+        )
         return Engine(settings, executor, drafter)
 
     def _drafter(self, draft: str | float) -> LocalDrafter | None:

@@ -20,10 +20,11 @@ _add = st.tuples(
     st.integers(1, 20),
     st.sampled_from(["critical", "normal"]),
     st.sampled_from([None, "a", "b"]),
+    st.sampled_from([None, "s", "t"]),
     st.sampled_from([None, None, 3.0, 12.0]),
 )
 _other = st.tuples(
-    st.sampled_from(["step", "step", "step", "abort", "wait", "crash", "draft dies", "draft returns", "mute"])
+    st.sampled_from(["step", "step", "step", "abort", "wait", "delete", "crash", "draft dies", "draft returns", "mute"])
 )
 
 
@@ -33,6 +34,7 @@ _other = st.tuples(
     drafts=st.booleans(),
     caching=st.booleans(),
     num_blocks=st.integers(16, 40),
+    num_host_blocks=st.sampled_from([0, 3, 20]),
     moods=st.lists(st.booleans(), max_size=8),
 )
 def test_any_schedule(  # type: ignore[no-untyped-def]
@@ -40,10 +42,18 @@ def test_any_schedule(  # type: ignore[no-untyped-def]
     drafts: bool,
     caching: bool,
     num_blocks: int,
+    num_host_blocks: int,
     moods: list[bool],
 ) -> None:
     """`moods`: whether drafting pays, one question after the other; without any, a class asks for three tokens."""
-    config = engine_config(num_blocks=num_blocks, enable_prefix_caching=caching, max_num_batched_tokens=16, draft_branches=3)
+    config = engine_config(
+        num_blocks=num_blocks,
+        num_host_blocks=num_host_blocks,
+        session_ttl_s=10.0,
+        enable_prefix_caching=caching,
+        max_num_batched_tokens=16,
+        draft_branches=3,
+    )
     if moods:
         classes = tuple(replace(slo, speculation="auto") for slo in config.classes)
         config = replace(config, classes=classes)
@@ -54,11 +64,23 @@ def test_any_schedule(  # type: ignore[no-untyped-def]
         answer = cycle(moods)
         engine._policy.pays = lambda num_sequences: next(answer)  # type: ignore[method-assign]
     answers, requests = Answers(), {}
+    said: dict[str, list[int]] = {}
     for action in actions:
         match action[0]:
             case "add":
-                _, prompt, max_tokens, slo_class, scope, timeout_s = action
-                request = make_request(prompt, max_tokens=max_tokens, slo_class=slo_class, scope=scope, timeout_s=timeout_s)
+                _, prompt, max_tokens, slo_class, scope, session_id, timeout_s = action
+                # Who goes on in a session repeats what was said in it.
+                prompt = (said.get(session_id, []) + prompt)[-50:] if session_id else prompt
+                request = make_request(
+                    prompt,
+                    max_tokens=max_tokens,
+                    slo_class=slo_class,
+                    scope=session_id or scope,
+                    session_id=session_id,
+                    timeout_s=timeout_s,
+                )
+                if session_id:
+                    said[session_id] = prompt
                 requests[request.id] = request
                 engine.add(request)
             case "step":
@@ -68,6 +90,9 @@ def test_any_schedule(  # type: ignore[no-untyped-def]
                 answers.take([chunk] if chunk else [])
             case "wait":
                 now += 2.0
+            case "delete":
+                engine.drop_session("", "s")
+                said.pop("s", None)
             case "crash":
                 executor.fail_next = 1
             case "draft dies":

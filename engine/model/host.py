@@ -1,0 +1,89 @@
+"""KV blocks in host memory: the verifier's side of the second tier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from tailserve.engine.model.memory import untouched_zeros
+from tailserve.engine.types import BlockMove
+
+
+class HostBlocks(Protocol):
+    """Blocks in host memory, each with all parts of a block of the device in a row."""
+
+    def make(self, moves: Sequence[BlockMove]) -> None:
+        """Makes moves, as if one after the other. What is computed from now on sees them."""
+
+
+def host_blocks(parts: Sequence[torch.Tensor], num_blocks: int) -> HostBlocks:
+    """`parts`: of each layer keys and values, [blocks, ...] of as many bytes a block each."""
+    # As bytes: not every type can be indexed.
+    flat = [part.flatten(1).view(torch.uint8) for part in parts]
+    return PinnedBlocks(flat, num_blocks) if flat[0].is_cuda else MemoryBlocks(flat, num_blocks)
+
+
+class MemoryBlocks:
+    """Where the device's blocks are in the same memory."""
+
+    def __init__(self, parts: Sequence[torch.Tensor], num_blocks: int) -> None:
+        self._parts = [part.numpy() for part in parts]
+        self._blocks = untouched_zeros((num_blocks, len(parts), parts[0].shape[1]), np.uint8)
+
+    def make(self, moves: Sequence[BlockMove]) -> None:
+        """See `HostBlocks.make`. A piece after the other is faster than to gather them."""
+        for move in moves:
+            pieces = zip(self._parts, self._blocks[move.host_block], strict=True)
+            if move.to_host:
+                for part, piece in pieces:
+                    piece[:] = part[move.block]
+            else:
+                for part, piece in pieces:
+                    part[move.block] = piece
+
+
+class PinnedBlocks:
+    """Beside a CUDA device. Copies have a stream of their own: what is computed waits for what is loaded, never for what is
+    saved."""
+
+    def __init__(self, parts: Sequence[torch.Tensor], num_blocks: int) -> None:
+        self._parts = parts
+        self._device = parts[0].device
+        self._blocks = torch.empty((num_blocks, len(parts), parts[0].shape[1]), dtype=torch.uint8, pin_memory=True)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    @torch.inference_mode()
+    def make(self, moves: Sequence[BlockMove]) -> None:
+        """See `HostBlocks.make`."""
+        for to_host, some in groupby(moves, key=lambda move: move.to_host):
+            # Of two moves to one place the later counts.
+            if to_host:
+                self._save({move.host_block: move.block for move in some})
+            else:
+                self._load({move.block: move.host_block for move in some})
+
+    def _save(self, sources: dict[int, int]) -> None:
+        blocks = torch.tensor(list(sources.values()), device=self._device)
+        found = torch.stack([part[blocks] for part in self._parts], 1)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for host_block, content in zip(sources, found, strict=True):
+                self._blocks[host_block].copy_(content, non_blocking=True)
+        found.record_stream(self._stream)
+
+    def _load(self, sources: dict[int, int]) -> None:
+        current = torch.cuda.current_stream(self._device)
+        found = torch.empty((len(sources), *self._blocks.shape[1:]), dtype=torch.uint8, device=self._device)
+        # Its memory may have been in use until now.
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for content, host_block in zip(found, sources.values(), strict=True):
+                content.copy_(self._blocks[host_block], non_blocking=True)
+        current.wait_stream(self._stream)
+        blocks = torch.tensor(list(sources), device=self._device)
+        for number, part in enumerate(self._parts):
+            part[blocks] = found[:, number]
