@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Collection, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
@@ -17,8 +18,6 @@ FRESH_S = 0.5
 """How old what an instance said of its load may be."""
 ALIKE_S = 0.02
 """Differences in the time to a first token that mean nothing."""
-IDLE = InstanceLoad(0, {}, 0.001)
-"""What is thought of an instance that says nothing."""
 
 
 class Placing(NamedTuple):
@@ -36,23 +35,34 @@ class _Note(NamedTuple):
     load: InstanceLoad
     noted_s: float
     placed: int
-    """Tokens of prompts that were sent there since."""
+    """Tokens of prompts that were sent there since its load changed, as far as this was the only choice."""
 
 
 class Loads:
-    """How busy each instance is, as its own messages say, and what was sent there since the last."""
+    """How busy each instance is: what its own messages say, and what was sent there since. One that is silent is idle."""
 
     def __init__(self) -> None:
         self._noted: dict[str, _Note] = {}
+        # Serve may ask in another thread than that of the streams.
+        self._lock = threading.Lock()
 
     def note(self, instance: str, load: InstanceLoad, now: float) -> None:
-        self._noted[instance] = _Note(load, now, 0)
+        with self._lock:
+            before = self._noted.get(instance)
+            placed = before.placed if before is not None and before.load == load else 0
+            self._noted[instance] = _Note(load, now, placed)
 
     def choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
         """The instance for a request; several if nothing tells them apart."""
-        # Serve may ask in another thread than that of the streams.
-        notes = {name: self._noted.get(name, _Note(IDLE, now, 0)) for name in instances}
-        notes = {name: note if now < note.noted_s + FRESH_S else _Note(IDLE, now, 0) for name, note in notes.items()}
+        with self._lock:
+            return self._choose(placing, instances, now)
+
+    def _choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
+        # Instances are alike: what one takes for a token, a silent one does too.
+        said = [note.load.token_s for note in self._noted.values()]
+        idle = _Note(InstanceLoad(0, {}, max(said, default=0.0)), now, 0)
+        fresh = {name: note for name, note in self._noted.items() if now < note.noted_s + FRESH_S}
+        notes = {name: fresh.get(name, idle) for name in instances}
         if placing.session is not None:
             waiting = {name: note.load.num_waiting for name, note in notes.items()}
             chosen = {choose_instance(placing.session, waiting, placing.last)}

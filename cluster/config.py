@@ -181,6 +181,9 @@ class TailserveConfig(_Strict):
             if name not in names:
                 raise ValueError(f"{field} is {name!r}, which is no class of slo_classes ({', '.join(names)})")
         self._check_tenants(names)
+        if self.kv_offloading_size and not self.enable_prefix_caching:
+            raise ValueError("kv_offloading_size keeps KV blocks to find them again, which enable_prefix_caching: false "
+                             "rules out: leave one of them out")  # fmt: skip
         if self.draft_model in ("none", "ngram") and self.has_prefixes:
             raise ValueError(NEEDS_MODEL.format(self.draft_model))
         if self.max_num_batched_tokens < self.max_num_seqs:

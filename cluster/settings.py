@@ -18,8 +18,8 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_LOG_TO_STDERR": "1",
     # Ten times a second by default, which is a core's twentieth on a small machine. It places, replaces and scales replicas.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # How long a replica that is removed answers on, until every proxy has heard of it: here that is one on the same machine,
-    # and by default whoever presses Ctrl-C waits for 30 s.
+    # How long a replica that is removed answers on, until every proxy has heard of it. By default whoever presses Ctrl-C
+    # waits for 30 s; a proxy hears of it with the next turn of the control loop.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     # Streams are few and long; threads that spin for more would take them from the model.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",

@@ -20,7 +20,7 @@ _FENCE = "```"
 SAID = 0.6
 """Share of a sentence's runs of three words, heard before, from which on it says nothing new."""
 PATIENCE = 64
-"""Tokens that a near-repeat may take to end its sentence."""
+"""Tokens that what goes round in circles may take to end its sentence or line, beyond the length of an exact cycle."""
 
 
 class EarlyStop:
@@ -34,7 +34,10 @@ class EarlyStop:
         self._sentence = 0
         """Where the one being written begins."""
         self._num_tokens = 0
-        self._near_since: int | None = None
+        self._starts: list[int] = []
+        """Characters before each token."""
+        self._patience: int | None = None
+        """Tokens that it may still take to end, since it goes round in circles."""
         self._closed = False
         self._heard: set[tuple[str, ...]] = set()
 
@@ -43,18 +46,28 @@ class EarlyStop:
         self._num_tokens += 1
         known = len(self._text)
         self._text += text
-        circles = self._repetition.push(token_id) if self._repetition else None
-        if circles == "exact":
-            return text, "repetition"
-        if circles and self._near_since is None:
-            self._near_since = self._num_tokens
-        if self._near_since is not None and self._num_tokens - self._near_since > PATIENCE:
-            return text, "repetition"
+        if self._repetition is not None and self._goes_in_circles(self._repetition, token_id, known):
+            line = self._text.find("\n", known) + 1
+            if line or not self._patience:
+                return self._text[known : line or None], "repetition"
+            self._patience -= 1
         for end in self._sentence_ends(known):
             reason = self._at(end, end_logprob)
             if reason is not None:
                 return self._text[known:end], reason
         return text, None
+
+    def _goes_in_circles(self, repetition: Repetition, token_id: int, known: int) -> bool:
+        """Whether it does, or has, and is to end where it can: `_patience` says within how many tokens."""
+        self._starts.append(known)
+        circles = repetition.push(token_id)
+        if circles and self._patience is None:
+            self._patience = PATIENCE + repetition.cycle
+        if repetition.cycle:
+            cycle = self._text[self._starts[-repetition.cycle] :]
+            if "\n" not in cycle and not _END.search(cycle * 2):
+                self._patience = 0  # no end will come
+        return self._patience is not None
 
     def _sentence_ends(self, known: int) -> list[int]:
         """Where sentences ended, as the text behind `known` shows."""
@@ -72,7 +85,7 @@ class EarlyStop:
         repeated = self._says_nothing_new(sentence)
         if self._text.count(_FENCE, 0, end) % 2:
             return None
-        if self._near_since is not None:
+        if self._patience is not None:
             return "repetition"
         if config.closing and self._closed and repeated:
             return "closing_repeat"

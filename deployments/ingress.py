@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 
 from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
@@ -42,8 +42,8 @@ class ServeCalls:
             try:
                 answer: str | TailserveError = await self._handle.submit.remote(request, ingress, placing=placing)
             except RayError as error:
-                # Whether it had taken the request or not, it will not answer it.
-                if not left:
+                # Whether a dead one had taken the request or not, it will not answer it.
+                if not left or not isinstance(error, ActorDiedError):
                     raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
             else:
                 break

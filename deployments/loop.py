@@ -42,6 +42,7 @@ class EngineLoop:
         self._abort_ingresses: list[str] = []
         self._drops: list[tuple[str, str, Future[int]]] = []
         self._admission = Admission(classes)
+        self._state_s = float("-inf")
         self._note_load(time.monotonic())
         self._stopping = False
         self.failure: BaseException | None = None
@@ -176,7 +177,9 @@ class EngineLoop:
     def _note_load(self, now: float) -> None:
         self._noted_s = now
         self._admission.note(self._engine.load(), now)
-        self._state = self._admission.state(self._engine.gauges().num_waiting, now)
+        if now >= self._state_s + LOAD_S:
+            self._state_s = now
+            self._state = self._admission.state(self._engine.gauges().num_waiting, now)
 
 
 def _aged(request: Request, seconds: float) -> Request:

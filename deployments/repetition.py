@@ -6,8 +6,9 @@ from collections import deque
 
 LONGEST_CYCLE = 128
 """Tokens of the longest cycle that is noticed."""
-LEAST_REPEATED = 32
-"""Tokens that have said nothing new, before a cycle counts as one; and no fewer than twice its length."""
+LEAST_REPEATED = 24
+"""Tokens that have said nothing new, before a cycle counts as one; and no fewer than it has, or than twice that where it has
+fewer than these."""
 GRAM = 4
 """Tokens of the runs by which is known what was said before."""
 WINDOW = 160
@@ -20,6 +21,8 @@ class Repetition:
     """Exact cycles (the last tokens, over and over) and near-repeats (nearly all that was said lately had been said)."""
 
     def __init__(self) -> None:
+        self.cycle = 0
+        """Tokens of the cycle that the last token was of; 0 for none."""
         self._tokens: list[int] = []
         self._runs = [0] * (LONGEST_CYCLE + 1)
         """For each length, how many tokens in a row equal the one so far before them."""
@@ -29,15 +32,16 @@ class Repetition:
         self._num_old = 0
 
     def push(self, token_id: int) -> str | None:
-        """Takes the next token; "exact" or "near" where it is to be stopped at."""
+        """Takes the next token; "exact" or "near" where it goes round in circles."""
         tokens = self._tokens
         tokens.append(token_id)
         place = len(tokens)
-        runs, exact = self._runs, False
+        runs, self.cycle = self._runs, 0
         for length in range(1, min(LONGEST_CYCLE, place - 1) + 1):
             if tokens[-1 - length] == token_id:
                 runs[length] += 1
-                exact = exact or runs[length] >= max(LEAST_REPEATED, 2 * length)
+                if not self.cycle and runs[length] >= max(min(2 * length, 2 * LEAST_REPEATED), LEAST_REPEATED, length):
+                    self.cycle = length
             else:
                 runs[length] = 0
         gram = tuple(tokens[-GRAM:])
@@ -48,6 +52,6 @@ class Repetition:
             self._num_old -= self._old[0]
         self._old.append(old)
         self._num_old += old
-        if exact:
+        if self.cycle:
             return "exact"
         return "near" if self._num_old >= NEAR * WINDOW else None

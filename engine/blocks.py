@@ -102,6 +102,35 @@ class BlockPool:
         """How many of these blocks are free, that is: what `acquire` would take out of `num_free`."""
         return sum(self._refs[block] == 0 for block in blocks)
 
+    def count_needed(self, total: int, matched: Sequence[int | None]) -> int:
+        """How many free blocks it takes to hold `total`, of which some were `match`ed."""
+        here = [block for block in matched if block is not None]
+        return total - len(here) + self.count_free(here)
+
+    def fill(self, hashes: Sequence[bytes], most: int) -> tuple[list[int], int]:
+        """Takes up to `most` blocks that hold the beginning of a chain: those that do, and others that are filled from the
+        second tier. Returns them, and how many are filled; none where there are not so many free ones."""
+        matched = self.match(hashes[:most])
+        if self._host is None or self.count_needed(len(matched), matched) > self.num_free:
+            return [], 0
+        here = [block for block in matched if block is not None]
+        self.acquire(here)
+        self._host.touch(hashes)
+        # All at once, so that what has to go is moved before anything is loaded.
+        fresh = iter(self.allocate(len(matched) - len(here)))
+        blocks = [next(fresh) if block is None else block for block in matched]
+        filled = 0
+        for place, block in enumerate(matched):
+            if block is not None:
+                continue
+            if not self._host.load(hashes[place], blocks[place]):
+                # It was there, but what had to go took its place.
+                self.release(blocks[place:])
+                return blocks[:place], filled
+            self.register(blocks[place], hashes[place])
+            filled += 1
+        return blocks, filled
+
     def release(self, blocks: Sequence[int]) -> None:
         """Removes one holder from each block. The last of a prefix becomes the first to be evicted."""
         for block in reversed(blocks):

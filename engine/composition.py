@@ -62,7 +62,7 @@ class Composition:
         self._take(plan, held_back[: plan.count_generating(held_back, plan.limit_s)])
         # Whoever lost its place to one that came after it in the step is not in it.
         work = [entry for entry in self._work if entry.seq.row == entry.row]
-        rows = {entry.row for entry in work}
+        rows = {seq.row for seq in residency.running}
         return work, {row: blocks for row, blocks in self._new_blocks.items() if row in rows}, plan
 
     def _generate(self, plan: StepPlan, seqs: list[Sequence], share: float, *, sure: bool) -> list[Sequence]:
@@ -133,6 +133,8 @@ class Composition:
         return seq.row is not None
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, limit: float) -> None:
+        if self._residency.load(seq, plan.count_moves(limit), self._new_blocks):
+            return  # the rest comes with the next steps
         wanted = self._wanted(seq)
         urgent = self._is_urgent(seq)
         least = int(plan.empty or self._is_promised(seq))

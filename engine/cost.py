@@ -88,7 +88,7 @@ class StepTimes:
     def observe_moves(self, count: int, seconds: float) -> None:
         """Learns from a step that moved `count` blocks first."""
         if count:
-            self.move_s += MOVE_WEIGHT * (seconds / count - self.move_s)
+            self.move_s += (MOVE_WEIGHT if self.move_s else 1.0) * (seconds / count - self.move_s)
 
     def errors(self) -> tuple[float, float]:
         """Median and p99 of how far predictions were off lately, as a share of what was predicted; 0 before any."""

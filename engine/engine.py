@@ -252,6 +252,7 @@ class Engine:
             num_running=len(residency.running),
             num_waiting=len(residency.waiting),
             kv_cache_usage=residency.pool.usage,
+            host_kv_cache_usage=residency.host.usage,
         )
 
     def load(self) -> Load:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tailserve.engine.types import BlockMove
 
@@ -27,8 +27,9 @@ class HostTier:
         self._free = list(range(num_blocks))
 
     @property
-    def num_used(self) -> int:
-        return len(self._blocks)
+    def usage(self) -> float:
+        """Share of the blocks that hold something, 0 to 1."""
+        return len(self._blocks) / self.num_blocks if self.num_blocks else 0.0
 
     def keep(self, hashes: Iterable[bytes]) -> None:
         """This content is worth a place here, until `release` is called as often."""
@@ -49,7 +50,10 @@ class HostTier:
 
     def save(self, block: int, content: bytes) -> None:
         """A block of the device is needed for something else; its content comes here if anybody keeps it."""
-        if content not in self._kept or content in self._blocks:
+        if content not in self._kept:
+            return
+        if content in self._blocks:
+            self._blocks.move_to_end(content)
             return
         host_block = self._free.pop() if self._free else self._blocks.popitem(last=False)[1]
         self._blocks[content] = host_block
@@ -58,9 +62,9 @@ class HostTier:
     def __contains__(self, content: bytes) -> bool:
         return content in self._blocks
 
-    def touch(self, hashes: Iterable[bytes]) -> None:
-        """Some of this content is about to be loaded: others give way first."""
-        for content in hashes:
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        """This content, in the order of its chain, is about to be loaded: others give way first, and of it the last."""
+        for content in reversed(hashes):
             if content in self._blocks:
                 self._blocks.move_to_end(content)
 

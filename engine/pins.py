@@ -26,11 +26,13 @@ WORTH_S = 0.05
 class Session:
     """What is kept of one conversation."""
 
-    __slots__ = ("ended_s", "gap_s", "hashes", "until_s")
+    __slots__ = ("ended_s", "gap_s", "hashes", "public", "until_s")
 
     def __init__(self, gap_s: float) -> None:
         self.hashes: tuple[bytes, ...] = ()
-        """Of its blocks, the first of the conversation first."""
+        """Of its own blocks, the first of the conversation first."""
+        self.public: tuple[bytes, ...] = ()
+        """Of the public blocks before them: nobody's own, but without them it is not found in the second tier."""
         self.ended_s = 0.0
         """When its last answer did."""
         self.until_s = 0.0
@@ -65,8 +67,7 @@ class Pins:
         """By when they ceased to be pinned."""
         self._num_pinned: Counter[str] = Counter()
         """Tenant to blocks."""
-        self._num_kept: Counter[str] = Counter()
-        """Those of `_yielded` included."""
+        self._num_yielded: Counter[str] = Counter()
         self._epochs: dict[Name, int] = {}
         self._gap_s = FIRST_GAP_S
         self._expired_s = float("-inf")
@@ -94,11 +95,11 @@ class Pins:
             return  # no session, or one that was deleted meanwhile
         before = self._find(name)
         session = Session(self._gap_s if before is None else before.gap_s)
-        # What is public is nobody's own.
-        session.hashes = tuple(seq.hashes[seq.request.num_public // self._config.block_size : seq.num_registered])
+        num_public = min(seq.request.num_public // self._config.block_size, seq.num_registered)
+        session.public, session.hashes = tuple(seq.hashes[:num_public]), tuple(seq.hashes[num_public : seq.num_registered])
         if before is not None and session.hashes == before.hashes[: len(session.hashes)]:
             # One of several turns at once that ended early takes nothing from the others.
-            session.hashes = before.hashes
+            session.public, session.hashes = before.public, before.hashes
         cost_s = self._times.predict(len(seq.token_ids), unsampled=len(seq.token_ids), excess=0) or WORTH_S
         session.ended_s = now
         session.until_s = now + min(PATIENCE * session.gap_s * min(cost_s / WORTH_S, 1.0), self._config.session_ttl_s)
@@ -139,9 +140,14 @@ class Pins:
         """AssertionError where pins, tiers and sessions disagree. `displaced`: what is kept for others than sessions."""
         pinned = Counter(content for session in self._pinned.values() for content in session.hashes)
         assert pinned == self._pool.pins, "pinned content and sessions disagree"
-        kept = pinned + Counter(content for session in self._yielded.values() for content in session.hashes)
+        kept = Counter(
+            content
+            for line in (self._pinned, self._yielded)
+            for session in line.values()
+            for content in session.public + session.hashes
+        )
         self._host.check_integrity(kept + Counter(displaced))
-        for line, counted in ((self._pinned, self._num_pinned), ({**self._pinned, **self._yielded}, self._num_kept)):
+        for line, counted in ((self._pinned, self._num_pinned), (self._yielded, self._num_yielded)):
             blocks: Counter[str] = Counter()
             for (tenant, _), session in line.items():
                 blocks[tenant] += len(session.hashes)
@@ -152,40 +158,40 @@ class Pins:
 
     def _keep(self, name: Name, session: Session) -> None:
         self._pool.pin(session.hashes)
-        self._host.keep(session.hashes)
+        self._host.keep(session.public + session.hashes)
         self._num_pinned[name[0]] += len(session.hashes)
-        self._num_kept[name[0]] += len(session.hashes)
 
     def _yield(self, name: Name) -> None:
         """Its blocks go as others do, but to the second tier."""
-        session = self._pinned.pop(name)
+        tenant, session = name[0], self._pinned[name]
+        self._unpin(name, session)
+        self._yielded[name] = session
+        self._num_yielded[tenant] += len(session.hashes)
+        share = self._host.num_blocks // max(sum(count > 0 for count in self._num_yielded.values()), 1)
+        while self._num_yielded[tenant] > share:
+            first = _first_of(tenant, self._yielded)
+            self._forget(first, self._yielded[first])
+
+    def _unpin(self, name: Name, session: Session) -> None:
+        del self._pinned[name]
         # The last of a prefix first: it is the first to be evicted.
         self._pool.unpin(reversed(session.hashes))
         self._num_pinned[name[0]] -= len(session.hashes)
-        self._yielded[name] = session
-        if not self._host.num_blocks:
-            self._forget(name, session)
 
     def _forget(self, name: Name, session: Session) -> int:
         """Returns how many blocks of the second tier are free now."""
         if self._pinned.get(name) is session:
-            del self._pinned[name]
-            self._pool.unpin(reversed(session.hashes))
-            self._num_pinned[name[0]] -= len(session.hashes)
+            self._unpin(name, session)
         else:
             del self._yielded[name]
-        self._num_kept[name[0]] -= len(session.hashes)
-        return self._host.release(session.hashes)
+            self._num_yielded[name[0]] -= len(session.hashes)
+        return self._host.release(session.public + session.hashes)
 
     def _keep_to_share(self, tenant: str) -> None:
-        tenants = max(sum(count > 0 for count in self._num_kept.values()), 1)
-        share = int(self._config.session_share * self._config.num_blocks) // tenants
+        tenants = sum(count > 0 for count in self._num_pinned.values())
+        share = int(self._config.session_share * self._config.num_blocks) // max(tenants, 1)
         while self._num_pinned[tenant] > share:
             self._yield(_first_of(tenant, self._pinned))
-        share += self._host.num_blocks // tenants
-        while self._num_kept[tenant] > share:
-            name = _first_of(tenant, self._yielded)
-            self._forget(name, self._yielded[name])
 
 
 def _name(seq: Sequence) -> Name:

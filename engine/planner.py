@@ -14,6 +14,11 @@ from tailserve.engine.host_tier import HostTier
 from tailserve.engine.pace import PROGRESS, REVIEW_S, Pace
 from tailserve.engine.sequence import Sequence
 
+UNTRIED_MOVES = 16
+"""Blocks that a step loads of a sequence while it is not known how long that takes."""
+MOST_MOVING_S = 1.0
+"""What loading may take of a step whatever the limit: who joins it next waits for it."""
+
 
 class StepPlan:
     """What is in a step so far, and what more fits."""
@@ -45,7 +50,11 @@ class StepPlan:
     @property
     def seconds(self) -> float:
         """What the step takes so far."""
-        return self._predict(0, 0, 0) if self._tokens else 0.0
+        return self._predict(0, 0, 0) if self._tokens else self._moving_s
+
+    @property
+    def _moving_s(self) -> float:
+        return len(self._host.moves) * self._times.move_s
 
     def add_generating(self, seq: Sequence) -> None:
         self._tokens += 1
@@ -75,6 +84,13 @@ class StepPlan:
         begin = seq.num_scheduled - CONTEXT
         return bisect_right(range(1, most + 1), limit_s, key=lambda count: self._predict(count, count, begin + count))
 
+    def count_moves(self, limit_s: float) -> int:
+        """How many blocks can be loaded within `limit_s`, one at least. What they push out goes beside it."""
+        if not self._times.move_s:
+            return UNTRIED_MOVES
+        left = min(limit_s - self.seconds, MOST_MOVING_S)
+        return max(int(left / self._times.move_s), 1)
+
     def count_drafts(self) -> int:
         """Draft tokens that fit."""
         most = max(self.tokens_left, 0)
@@ -86,7 +102,7 @@ class StepPlan:
         seconds = self._times.predict(
             self._tokens + tokens, unsampled=self._unsampled + unsampled, excess=self._excess + excess
         )
-        return (seconds or 0.0) + len(self._host.moves) * self._times.move_s
+        return (seconds or 0.0) + self._moving_s
 
 
 class Planner:

@@ -57,9 +57,9 @@ class Residency:
 
     def remove(self, seq: Sequence) -> None:
         """Takes a sequence out of its line; its blocks are free on return."""
+        self._release_kept(seq)
         if seq.row is None:
             del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
-            self._release_kept(seq)
             if seq.num_cached is None:
                 self._dequeue(seq)
         else:
@@ -82,8 +82,11 @@ class Residency:
         """Takes a running sequence's row and blocks. It keeps its tokens, its place in line, and what there is room for in
         the second tier."""
         self.stats.preemptions += 1
-        seq.num_kept = seq.num_registered
+        # It may not have come to load all that is kept for it since the last time.
+        before, seq.num_kept = seq.num_kept, max(seq.num_kept, seq.num_registered)
         self.host.keep(seq.hashes[: seq.num_kept])
+        self.host.release(seq.hashes[:before])
+        seq.finding = False
         self._leave(seq)
         insort(self.waiting, seq, key=place_in_line)
 
@@ -133,51 +136,58 @@ class Residency:
         # One token more than it has now, so that a sequence does not start only to be displaced.
         total = len(seq.token_ids) // size + 1
         yieldable = sum(len(other.block_ids) for other in self.running if _outranks(seq, other))
-        if self._need(total, cached) > self.pool.num_free + yieldable:
+        if self.pool.count_needed(total, cached) > self.pool.num_free + yieldable:
             return False  # nobody is displaced in vain
-        while self._need(total, cached) > self.pool.num_free:
+        while self.pool.count_needed(total, cached) > self.pool.num_free:
             if not self.running or not _outranks(seq, self.running[-1]):
                 return False
             self.preempt(self.running[-1])
             cached = self.pool.match(hashes)
         del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
-        seq.block_ids = self._take_cached(hashes, cached)
-        self._release_kept(seq)
-        seq.num_registered = len(seq.block_ids)
-        seq.num_computed = seq.num_scheduled = seq.num_registered * size
+        # What is in the second tier is loaded as fast as the steps have time for it.
+        here = cached[: cached.index(None)] if None in cached else cached
+        seq.block_ids = [block for block in here if block is not None]
+        self.pool.acquire(seq.block_ids)
         seq.row, self._next_row = self._next_row, self._next_row + 1
         insort(self.running, seq, key=place_in_line)
         self.stats.prefix_cache_queries += len(seq.token_ids)
-        self.stats.prefix_cache_hits += seq.num_computed
-        if seq.num_cached is None:
-            seq.num_cached = seq.num_computed
+        if len(here) == len(cached):
+            self._release_kept(seq)
+        seq.finding = seq.num_cached is None
+        if seq.finding:
             self._dequeue(seq)
             self.started[seq.slo.name] += 1
             self.stats.prompt_tokens += seq.prompt_len
+        self._note_found(seq, len(seq.block_ids))
         self.join(seq)
         return True
 
-    def _need(self, total: int, cached: list[int | None]) -> int:
-        """How many free blocks it takes to have `total`, with those that are cached."""
-        here = [block for block in cached if block is not None]
-        return total - len(here) + self.pool.count_free(here)
+    def load(self, seq: Sequence, most: int, new_blocks: dict[int, list[int]]) -> bool:
+        """Fills up to `most` further blocks of a sequence, of which nothing was computed yet, from the second tier. Whether
+        there are more to be filled."""
+        assert seq.row is not None
+        begin = seq.num_registered
+        if not self.host.num_blocks or len(seq.block_ids) > begin or seq.num_scheduled > begin * self.config.block_size:
+            return False
+        hashes = self._hashes(seq)[begin:]
+        blocks, loaded = self.pool.fill(hashes, most)
+        self.stats.host_cache_hits += loaded * self.config.block_size
+        if blocks:
+            seq.block_ids += blocks
+            new_blocks.setdefault(seq.row, []).extend(blocks)
+            self._note_found(seq, len(blocks))
+        more = len(blocks) == most and bool(self.pool.match(hashes[most : most + 1]))
+        if not more:
+            self._release_kept(seq)
+        return more
 
-    def _take_cached(self, hashes: list[bytes], cached: list[int | None]) -> list[int]:
-        """Blocks with this content: those on the device, and new ones that are filled from the second tier."""
-        self.pool.acquire(block for block in cached if block is not None)
-        self.host.touch(hashes)
-        blocks: list[int] = []
-        for content, block in zip(hashes, cached, strict=False):
-            if block is None:
-                (block,) = self.pool.allocate(1)
-                if not self.host.load(content, block):
-                    # It was there, but what had to go to make room for it took its place.
-                    self.pool.release([block, *(other for other in cached[len(blocks) + 1 :] if other is not None)])
-                    break
-                self.pool.register(block, content)
-                self.stats.host_cache_hits += self.config.block_size
-            blocks.append(block)
-        return blocks
+    def _note_found(self, seq: Sequence, count: int) -> None:
+        """The next `count` blocks of a sequence hold what they shall."""
+        seq.num_registered += count
+        seq.num_computed = seq.num_scheduled = seq.num_registered * self.config.block_size
+        self.stats.prefix_cache_hits += count * self.config.block_size
+        if seq.finding:
+            seq.num_cached = seq.num_computed
 
     def _release_kept(self, seq: Sequence) -> None:
         self.host.release(seq.hashes[: seq.num_kept])

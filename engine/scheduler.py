@@ -182,8 +182,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Every block and every sequence is accounted for exactly once. AssertionError names what is not. O(blocks)."""
         self.residency.check_integrity()
-        self.pins.check_integrity(content for seq in self.residency.waiting for content in seq.hashes[: seq.num_kept])
         lines = self.residency.running + self.residency.waiting
+        self.pins.check_integrity(content for seq in lines for content in seq.hashes[: seq.num_kept])
         assert len(lines) == len(self._sequences), "a sequence is in no line, or in two"
         assert {id(seq) for seq in lines} == {id(seq) for seq in self._sequences.values()}
         assert self._timed.keys() <= self._sequences.keys(), "a deadline outlived its request"
@@ -243,7 +243,7 @@ class Scheduler:
         return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error)
 
     def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]], states: bool) -> Batch | None:
-        if not work and not self.residency.leaves:
+        if not work and not self.residency.leaves and not new_blocks:
             return None
         joins, self.residency.joins = self.residency.joins, []
         leaves, self.residency.leaves = self.residency.leaves, []

@@ -40,6 +40,7 @@ class Sequence:
         "draft_record",
         "due_s",
         "epoch",
+        "finding",
         "first_due_s",
         "hashes",
         "key",
@@ -111,6 +112,8 @@ class Sequence:
         """Tokens that the steps under way will append, at least: one for each that samples for it."""
         self.num_cached: int | None = None
         """Prompt tokens found in the prefix cache at the first start; None before it."""
+        self.finding = False
+        """It has started for the first time, and what more is found of it counts as cached."""
         self.num_found = 0
         """Tokens that were in the prefix cache when it came: what is likely to be found there at its start."""
         self.row: int | None = None
@@ -118,7 +121,7 @@ class Sequence:
         self.block_ids: list[int] = []
         self.hashes: list[bytes] = []
         self.num_kept = 0
-        """Blocks whose content is kept for it while it waits."""
+        """Blocks whose content is kept for it from when it was displaced until it is loaded."""
         self.num_registered = 0
         """Blocks already offered to the prefix cache."""
         self.awaits_prefix = False

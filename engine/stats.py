@@ -60,3 +60,5 @@ class EngineGauges(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int
     kv_cache_usage: float
     """Share of the blocks in use, 0 to 1."""
+    host_kv_cache_usage: float = 0.0
+    """Of those of the second tier."""

@@ -55,7 +55,8 @@ class ModelDrafter:
     """Proposes the draft model's most likely tokens, or draws them where a row asks for that.
 
     A row that does not fit the pool or the round's token budget gets no draft this round; nothing else happens to it. What
-    was computed of a row that left is found again by rows of the same root: by later turns of its session.
+    was computed of a row that left is found again by rows of the same root: later turns of its session, and whoever else
+    shares its scope.
     """
 
     def __init__(
@@ -82,7 +83,13 @@ class ModelDrafter:
             if row is not None:
                 self._leave(row)
         for entry in work.rows:
-            self._update(self._rows.setdefault(entry.row, _Row(root=entry.root)), entry)
+            row = self._rows.get(entry.row)
+            if row is None:
+                row = self._rows[entry.row] = _Row(root=entry.root)
+                self._update(row, entry)
+                self._find(row)
+            else:
+                self._update(row, entry)
         if work.outcomes:
             outcomes = self._foresee(work)
             return DraftResult(work.number, {}, time.perf_counter() - begin, outcomes)
@@ -95,15 +102,14 @@ class ModelDrafter:
             row.token_ids = self._translate(row.given)
         row.given += entry.token_ids
         row.token_ids += self._translate(entry.token_ids)
-        if row.root and not row.block_ids:
-            self._find(row)
         _roll_back(row)
 
     def _find(self, row: _Row) -> None:
-        """Gives a row without blocks those that hold its beginning."""
+        """Gives a new row the blocks that hold its beginning."""
         size = self._pool.block_size
         # The last token is computed in any case.
-        found = self._pool.match(row.hashes((len(row.token_ids) - 1) // size, size))
+        count = (len(row.token_ids) - 1) // size if row.root else 0
+        found = self._pool.match(row.hashes(count, size))
         row.block_ids = [block for block in found if block is not None]
         self._pool.acquire(row.block_ids)
         row.computed = row.token_ids[: len(row.block_ids) * size]

@@ -12,6 +12,9 @@ import torch
 from tailserve.engine.model.memory import untouched_zeros
 from tailserve.engine.types import BlockMove
 
+AT_ONCE = 64
+"""Blocks whose content is on the device twice, at most, while they are copied."""
+
 
 class HostBlocks(Protocol):
     """Blocks in host memory, each with all parts of a block of the device in a row."""
@@ -47,24 +50,30 @@ class MemoryBlocks:
 
 
 class PinnedBlocks:
-    """Beside a CUDA device. Copies have a stream of their own: what is computed waits for what is loaded, never for what is
-    saved."""
+    """Beside a CUDA device. Copies have a stream of their own, in their order: what is computed waits for what is loaded,
+    not for what is saved, unless something is loaded behind it."""
 
     def __init__(self, parts: Sequence[torch.Tensor], num_blocks: int) -> None:
         self._parts = parts
         self._device = parts[0].device
-        self._blocks = torch.empty((num_blocks, len(parts), parts[0].shape[1]), dtype=torch.uint8, pin_memory=True)
+        self._blocks = torch.from_numpy(untouched_zeros((num_blocks, len(parts), parts[0].shape[1]), np.uint8))
+        # Not `pin_memory`, which takes the next power of two of bytes.
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(runtime.cudaHostRegister(self._blocks.data_ptr(), self._blocks.nbytes, 0))
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def make(self, moves: Sequence[BlockMove]) -> None:
         """See `HostBlocks.make`."""
         for to_host, some in groupby(moves, key=lambda move: move.to_host):
-            # Of two moves to one place the later counts.
-            if to_host:
-                self._save({move.host_block: move.block for move in some})
-            else:
-                self._load({move.block: move.host_block for move in some})
+            run = list(some)
+            for begin in range(0, len(run), AT_ONCE):
+                part = run[begin : begin + AT_ONCE]
+                # Of two moves to one place the later counts.
+                if to_host:
+                    self._save({move.host_block: move.block for move in part})
+                else:
+                    self._load({move.block: move.host_block for move in part})
 
     def _save(self, sources: dict[int, int]) -> None:
         blocks = torch.tensor(list(sources.values()), device=self._device)
@@ -76,6 +85,8 @@ class PinnedBlocks:
         found.record_stream(self._stream)
 
     def _load(self, sources: dict[int, int]) -> None:
+        # Before anything is waited for: to send these waits for the device.
+        blocks = torch.tensor(list(sources), device=self._device)
         current = torch.cuda.current_stream(self._device)
         found = torch.empty((len(sources), *self._blocks.shape[1:]), dtype=torch.uint8, device=self._device)
         # Its memory may have been in use until now.
@@ -84,6 +95,5 @@ class PinnedBlocks:
             for content, host_block in zip(found, sources.values(), strict=True):
                 content.copy_(self._blocks[host_block], non_blocking=True)
         current.wait_stream(self._stream)
-        blocks = torch.tensor(list(sources), device=self._device)
         for number, part in enumerate(self._parts):
             part[blocks] = found[:, number]

@@ -54,6 +54,12 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     kv_bytes = num_blocks * options.block_size * per_token
     weight_bytes = sum(weight.nbytes for weight in model.parameters())
     num_host_blocks = options.host_bytes // (options.block_size * per_token)
+    if options.host_bytes > (free := free_host_memory()):
+        raise ConfigError(
+            f"kv_offloading_size asks for {options.host_bytes / (1 << 30):.1f} GiB of host memory, of which "
+            f"{free / (1 << 30):.1f} are free: lower it",
+            param="kv_offloading_size",
+        )
     # A change later needs the weights twice more, and the keys and values once; and the second tier's blocks would be of no
     # use behind it.
     must = options.attention_backend == "compiled" or settings.int8 or num_host_blocks > 0

@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chats import hold_chats
 from fakes import make_request, run_to_end
 from local import Models, prompts
 from tiny import TINY, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tailserve.engine.model.attention import KVCache, Options, PackedSequences
+from tailserve.engine.model.host import host_blocks
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
+from tailserve.engine.types import BlockMove
 
 if torch.cuda.is_available():
     from tailserve.engine.model.cuda import CudaBackend
@@ -73,6 +76,24 @@ def test_answers_equal_those_of_the_cpu(path: str, draft: str | float, backend: 
             engine.add(make_request(prompt, id=str(n), seed=n, max_tokens=24, temperature=0.8))
         answers.append(run_to_end(engine).tokens)
     assert answers[0] == answers[1]
+
+
+def test_blocks_that_were_in_host_memory_are_what_they_were(path: str) -> None:
+    models = Models(path, device="cuda", num_blocks=100, block_size=16, max_model_len=128)
+    openings = list(prompts(5, int(str(TINY["vocab_size"])), longest=24))
+    held = []
+    for config in ({}, {"num_blocks": 18, "num_host_blocks": 40}):
+        engine = models.engine(max_num_seqs=2, **config)
+        held.append(hold_chats(engine, openings, turns=4, answer=12, question=9, vocab=96))
+        assert (engine.stats.host_cache_hits > 100) == bool(config)
+    assert held[0] == held[1]
+
+
+def test_moves_are_made_in_their_order() -> None:
+    parts = [torch.arange(4, dtype=torch.bfloat16, device="cuda").view(4, 1, 1) + 10 * n for n in range(2)]
+    moves = [(0, 0, True), (1, 1, True), (0, 1, False), (2, 0, True), (3, 0, False)]
+    host_blocks(parts, 2).make([BlockMove(block, host_block, to_host=to) for block, host_block, to in moves])
+    assert [part.flatten().tolist() for part in parts] == [[1, 1, 2, 2], [11, 11, 12, 12]]
 
 
 def test_step_time_against_the_memory_bandwidth_floor() -> None:

@@ -266,4 +266,4 @@ async def test_a_websocket_that_is_cancelled_or_dropped_frees_its_sequence(
         steps.append((await server.status())["stats"]["steps"] - left["stats"]["steps"])
     with capsys.disabled():
         print(f"\nsteps between {how} and free blocks over a WebSocket, the one under way included: {steps}")
-    assert sorted(steps)[1] <= 4, "the client side takes a step more now and then, not as a rule"
+    assert sorted(steps)[2] <= 4, "the client side takes a step more now and then, not as a rule"

@@ -48,6 +48,8 @@ class FakeExecutor:
         self.fail_next = 0
         self.seconds = 0.001
         """How long it says that a step took. It answers at once, unless asked whether it would within a time."""
+        self.move_s = 0.0
+        """And of it each move of a block."""
         self.restarts = 0
 
     @property
@@ -96,7 +98,8 @@ class FakeExecutor:
                 self._kv[block][slot] = token
             work.row.token_ids += accepted
             results.append(accepted)
-        return StepResult(batch.step, results, {}, self.seconds)
+        moved_s = self.move_s * len(batch.moves)
+        return StepResult(batch.step, results, {}, self.seconds + moved_s, moved_s)
 
     def restart(self) -> None:
         self.restarts += 1

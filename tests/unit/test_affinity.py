@@ -44,6 +44,12 @@ def test_strangers_go_where_the_first_token_of_their_class_comes_soonest() -> No
     assert loads.choose(STRANGER._replace(slo_class="normal"), ["a", "b"], now=1.1) == {"b"}
 
 
+def test_a_silent_instance_reads_as_fast_as_the_others() -> None:
+    loads = Loads()
+    loads.note("a", InstanceLoad(0, {"critical": 1.0}, 0.00001), now=1.0)
+    assert loads.choose(STRANGER._replace(num_tokens=8000), ["a", "b"], now=1.0) == {"b"}
+
+
 def test_those_that_nothing_tells_apart_are_left_to_serve() -> None:
     assert Loads().choose(STRANGER, ["a", "b"], now=1.0) == {"a", "b"}
 
@@ -53,7 +59,10 @@ def test_what_was_just_sent_there_counts_until_the_instance_says_more() -> None:
     loads.note("a", busy(0.0, 0.0), now=1.0)
     loads.note("b", busy(0.05, 0.05), now=1.0)
     assert [loads.choose(STRANGER, ["a", "b"], now=1.0) for _ in range(3)] == [{"a"}, {"b"}, {"a"}]
+    # The same again: it was said before what was sent there arrived.
     loads.note("a", busy(0.0, 0.0), now=1.1)
+    assert loads.choose(STRANGER, ["a", "b"], now=1.1) == {"b"}
+    loads.note("a", busy(0.01, 0.0), now=1.1)
     assert loads.choose(STRANGER, ["a", "b"], now=1.1) == {"a"}
 
 

@@ -55,10 +55,3 @@ def test_a_later_turn_reads_only_what_is_new(counting: Counting) -> None:
 def test_rows_of_no_root_share_nothing(counting: Counting) -> None:
     counting.turn(PROMPT, b"")
     assert counting.turn(PROMPT, b"")[0] == 50
-
-
-def test_drafts_that_did_not_hold_are_not_found(counting: Counting) -> None:
-    _, draft = counting.turn(PROMPT, b"session")
-    other = [token + 1 if token < 90 else 3 for token in draft]
-    read, _ = counting.turn([*PROMPT, *other, *PROMPT], b"session")
-    assert read == 104 - 48
