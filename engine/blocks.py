@@ -107,12 +107,20 @@ class BlockPool:
         here = [block for block in matched if block is not None]
         return total - len(here) + self.count_free(here)
 
-    def fill(self, hashes: Sequence[bytes], most: int) -> tuple[list[int], int]:
-        """Takes up to `most` blocks that hold the beginning of a chain: those that do, and others that are filled from the
-        second tier. Returns them, and how many are filled; none where there are not so many free ones."""
-        matched = self.match(hashes[:most])
-        if self._host is None or self.count_needed(len(matched), matched) > self.num_free:
-            return [], 0
+    def fill(self, hashes: Sequence[bytes], most: int) -> tuple[list[int], int, bool]:
+        """Takes blocks that hold the beginning of a chain: those that do, and free ones, up to `most`, that are filled from
+        the second tier. Returns them, how many are filled, and whether more could be next time."""
+        assert self._host is not None
+        matched = self.match(hashes)
+        count, moves, room = 0, 0, self.num_free
+        for block in matched:
+            moves += block is None
+            room -= block is None or self._refs[block] == 0
+            if moves > most or room < 0:
+                break
+            count += 1
+        more = moves > most
+        matched = matched[:count]
         here = [block for block in matched if block is not None]
         self.acquire(here)
         self._host.touch(hashes)
@@ -126,10 +134,10 @@ class BlockPool:
             if not self._host.load(hashes[place], blocks[place]):
                 # It was there, but what had to go took its place.
                 self.release(blocks[place:])
-                return blocks[:place], filled
+                return blocks[:place], filled, False
             self.register(blocks[place], hashes[place])
             filled += 1
-        return blocks, filled
+        return blocks, filled, more
 
     def release(self, blocks: Sequence[int]) -> None:
         """Removes one holder from each block. The last of a prefix becomes the first to be evicted."""

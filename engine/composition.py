@@ -102,7 +102,7 @@ class Composition:
             if promised := self._is_promised(seq):
                 limit = max(limit, plan.seconds + PROMISED_SHARE * PROMISED_S)
             wanted = self._wanted(seq) if known else 1
-            progress = promised or (plan.empty and plan.prompt_tokens_left)
+            progress = promised or (plan.empty and not plan.loads and plan.prompt_tokens_left)
             if not (plan.count_prompt(seq, wanted, limit, urgent=urgent) or progress):
                 return
             if known or self._start(seq, waiting):
@@ -134,6 +134,7 @@ class Composition:
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, limit: float) -> None:
         if self._residency.load(seq, plan.count_moves(limit), self._new_blocks):
+            plan.loads, seq.moved_s = True, self._now
             return  # the rest comes with the next steps
         wanted = self._wanted(seq)
         urgent = self._is_urgent(seq)

@@ -209,14 +209,14 @@ class Engine:
         if batch is not None:
             self._executor.submit(batch)
             self.stats.drafted_steps += bool(batch.drafts)
-            only_generates = all(batch.samples) and all(length == 1 for length in batch.lengths)
+            only_generates = bool(batch.rows) and all(batch.samples) and all(length == 1 for length in batch.lengths)
             self._under_way.append(
                 _UnderWay(
                     count_tokens(batch),
                     count_unsampled(batch),
                     count_excess(batch),
                     len(batch.rows),
-                    only_generates,
+                    only_generates and not batch.moves,
                     wanted,
                     states,
                     bool(batch.drafts),

@@ -164,12 +164,15 @@ class Pins:
     def _yield(self, name: Name) -> None:
         """Its blocks go as others do, but to the second tier."""
         tenant, session = name[0], self._pinned[name]
+        if not self._host.num_blocks:
+            self._forget(name, session)
+            return
         self._unpin(name, session)
         self._yielded[name] = session
         self._num_yielded[tenant] += len(session.hashes)
         share = self._host.num_blocks // max(sum(count > 0 for count in self._num_yielded.values()), 1)
-        while self._num_yielded[tenant] > share:
-            first = _first_of(tenant, self._yielded)
+        # Not this one, whatever its part: what there is no room for goes by the host's own order.
+        while self._num_yielded[tenant] > share and (first := _first_of(tenant, self._yielded)) != name:
             self._forget(first, self._yielded[first])
 
     def _unpin(self, name: Name, session: Session) -> None:

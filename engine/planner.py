@@ -17,7 +17,7 @@ from tailserve.engine.sequence import Sequence
 UNTRIED_MOVES = 16
 """Blocks that a step loads of a sequence while it is not known how long that takes."""
 MOST_MOVING_S = 1.0
-"""What loading may take of a step whatever the limit: who joins it next waits for it."""
+"""What loading may take of a step where nothing else limits it."""
 
 
 class StepPlan:
@@ -41,6 +41,8 @@ class StepPlan:
         self.reading_s = reading_s
         self.tokens_left = max_tokens
         self.prompt_tokens_left = max_prompt_tokens
+        self.loads = False
+        """Blocks of a sequence are being loaded: something is done, be it without a token."""
         self._tokens = self._unsampled = self._excess = 0
 
     @property
@@ -85,11 +87,11 @@ class StepPlan:
         return bisect_right(range(1, most + 1), limit_s, key=lambda count: self._predict(count, count, begin + count))
 
     def count_moves(self, limit_s: float) -> int:
-        """How many blocks can be loaded within `limit_s`, one at least. What they push out goes beside it."""
+        """How many blocks can be loaded within `limit_s`, one at least, each of them pushing out another."""
         if not self._times.move_s:
             return UNTRIED_MOVES
-        left = min(limit_s - self.seconds, MOST_MOVING_S)
-        return max(int(left / self._times.move_s), 1)
+        left = min(limit_s - self.seconds, MOST_MOVING_S - self._moving_s)
+        return max(int(left / (2 * self._times.move_s)), 1)
 
     def count_drafts(self) -> int:
         """Draft tokens that fit."""

@@ -146,6 +146,7 @@ class Residency:
         del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
         # What is in the second tier is loaded as fast as the steps have time for it.
         here = cached[: cached.index(None)] if None in cached else cached
+        seq.num_found = len(cached) * size
         seq.block_ids = [block for block in here if block is not None]
         self.pool.acquire(seq.block_ids)
         seq.row, self._next_row = self._next_row, self._next_row + 1
@@ -163,22 +164,25 @@ class Residency:
         return True
 
     def load(self, seq: Sequence, most: int, new_blocks: dict[int, list[int]]) -> bool:
-        """Fills up to `most` further blocks of a sequence, of which nothing was computed yet, from the second tier. Whether
-        there are more to be filled."""
+        """Fills up to `most` further blocks of a sequence, of which nothing was computed yet, from the second tier; the
+        least urgent give theirs. Whether there are more to be filled."""
         assert seq.row is not None
         begin = seq.num_registered
         if not self.host.num_blocks or len(seq.block_ids) > begin or seq.num_scheduled > begin * self.config.block_size:
             return False
         hashes = self._hashes(seq)[begin:]
-        blocks, loaded = self.pool.fill(hashes, most)
+        while self.running[-1] is not seq and min(len(self.pool.match(hashes)), most) > self.pool.num_free:
+            self.preempt(self.running[-1])
+        blocks, loaded, more = self.pool.fill(hashes, most)
         self.stats.host_cache_hits += loaded * self.config.block_size
         if blocks:
             seq.block_ids += blocks
             new_blocks.setdefault(seq.row, []).extend(blocks)
             self._note_found(seq, len(blocks))
-        more = len(blocks) == most and bool(self.pool.match(hashes[most : most + 1]))
         if not more:
-            self._release_kept(seq)
+            seq.num_found = seq.num_scheduled
+            if blocks or not self.pool.match(hashes[:1]):
+                self._release_kept(seq)
         return more
 
     def _note_found(self, seq: Sequence, count: int) -> None:
@@ -187,7 +191,7 @@ class Residency:
         seq.num_computed = seq.num_scheduled = seq.num_registered * self.config.block_size
         self.stats.prefix_cache_hits += count * self.config.block_size
         if seq.finding:
-            seq.num_cached = seq.num_computed
+            seq.num_cached = min((seq.num_cached or 0) + count * self.config.block_size, seq.prompt_len)
 
     def _release_kept(self, seq: Sequence) -> None:
         self.host.release(seq.hashes[: seq.num_kept])

@@ -115,7 +115,7 @@ class Sequence:
         self.finding = False
         """It has started for the first time, and what more is found of it counts as cached."""
         self.num_found = 0
-        """Tokens that were in the prefix cache when it came: what is likely to be found there at its start."""
+        """Tokens that were in the prefix cache or the second tier when it came, or when it was admitted."""
         self.row: int | None = None
         """The verifier's name for it; None while it waits."""
         self.block_ids: list[int] = []

@@ -48,7 +48,7 @@ def next_due(seq: Sequence) -> float:
 
 def reading_s(seq: Sequence, times: StepTimes) -> float:
     """Seconds to read what is left of a sequence's tokens, with nothing beside it; 0 before anything is known."""
-    left = max(len(seq.token_ids) - (seq.num_found if seq.row is None else seq.num_scheduled), 1)
+    left = max(len(seq.token_ids) - max(seq.num_found, seq.num_scheduled), 1)
     return times.predict(left, unsampled=left - 1, excess=0) or 0.0
 
 

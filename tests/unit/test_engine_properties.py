@@ -35,6 +35,7 @@ _other = st.tuples(
     caching=st.booleans(),
     num_blocks=st.integers(16, 40),
     num_host_blocks=st.sampled_from([0, 3, 20]),
+    move_s=st.sampled_from([0.0, 0.02]),
     moods=st.lists(st.booleans(), max_size=8),
 )
 def test_any_schedule(  # type: ignore[no-untyped-def]
@@ -43,6 +44,7 @@ def test_any_schedule(  # type: ignore[no-untyped-def]
     caching: bool,
     num_blocks: int,
     num_host_blocks: int,
+    move_s: float,
     moods: list[bool],
 ) -> None:
     """`moods`: whether drafting pays, one question after the other; without any, a class asks for three tokens."""
@@ -59,7 +61,14 @@ def test_any_schedule(  # type: ignore[no-untyped-def]
         config = replace(config, classes=classes)
     now = 0.0
     executor, drafter = FakeExecutor(config), InlineDrafter()
-    engine = Engine(config, executor, drafter if drafts else None, clock=lambda: now)
+    executor.move_s = move_s
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.001
+        return now
+
+    engine = Engine(config, executor, drafter if drafts else None, clock=clock)
     if moods:
         answer = cycle(moods)
         engine._policy.pays = lambda num_sequences: next(answer)  # type: ignore[method-assign]

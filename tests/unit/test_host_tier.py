@@ -115,7 +115,7 @@ def test_a_large_load_takes_many_steps_beside_a_critical_sequence() -> None:
     loads = [sum(not move.to_host for move in batch.moves) for batch in chat.executor.batches[before:]]
     assert sum(loads) == 20
     # A critical token may take 40 ms.
-    assert max(loads) <= 4
+    assert max(loads) <= 2
     assert answers.ends[turn.id].usage.cached_tokens == 40
     assert answers.tokens[turn.id] == expected_answer([*said, 5], 2)
     assert answers.tokens[critical.id] == expected_answer([1, 2], 60)
