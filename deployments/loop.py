@@ -176,8 +176,9 @@ class EngineLoop:
 
     def _note_load(self, now: float) -> None:
         self._noted_s = now
-        self._admission.note(self._engine.load(), now)
-        if now >= self._state_s + LOAD_S:
+        tells = now >= self._state_s + LOAD_S
+        self._admission.note(self._engine.load(reading=tells), now)
+        if tells:
             self._state_s = now
             self._state = self._admission.state(self._engine.gauges().num_waiting, now)
 

@@ -7,8 +7,8 @@ from collections import deque
 LONGEST_CYCLE = 128
 """Tokens of the longest cycle that is noticed."""
 LEAST_REPEATED = 24
-"""Tokens that have said nothing new, before a cycle counts as one; and no fewer than it has, or than twice that where it has
-fewer than these."""
+"""Tokens that have said nothing new, before a cycle counts as one: so many at least; twice its length, up to twice so many;
+and all of its length."""
 GRAM = 4
 """Tokens of the runs by which is known what was said before."""
 WINDOW = 160
@@ -31,8 +31,8 @@ class Repetition:
         self._old: deque[bool] = deque(maxlen=WINDOW)
         self._num_old = 0
 
-    def push(self, token_id: int) -> str | None:
-        """Takes the next token; "exact" or "near" where it goes round in circles."""
+    def push(self, token_id: int) -> bool:
+        """Takes the next token; whether it goes round in circles."""
         tokens = self._tokens
         tokens.append(token_id)
         place = len(tokens)
@@ -52,6 +52,4 @@ class Repetition:
             self._num_old -= self._old[0]
         self._old.append(old)
         self._num_old += old
-        if self.cycle:
-            return "exact"
-        return "near" if self._num_old >= NEAR * WINDOW else None
+        return self.cycle > 0 or self._num_old >= NEAR * WINDOW

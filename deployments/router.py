@@ -96,13 +96,7 @@ class Router:
         link.start()
         return link
 
-    async def submit(
-        self,
-        request: bytes,
-        ingress: str,
-        *,
-        placing: Placing,
-    ) -> str | TailserveError:
+    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> str | TailserveError:
         """Accepts an encoded `Request` and returns this instance's name, to read the stream from.
 
         `placing`: what `InstanceRequestRouter` went by.

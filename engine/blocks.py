@@ -44,6 +44,8 @@ class BlockPool:
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.num_reserved = 0
+        """Of the free blocks, those that somebody was promised."""
         self._kept: OrderedDict[int, None] = OrderedDict()
         """Free blocks whose content is pinned."""
         self.pins: Counter[bytes] = Counter()
@@ -52,11 +54,11 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that can be taken now, cached ones included."""
-        return len(self._free) + len(self._kept)
+        return len(self._free) + len(self._kept) - self.num_reserved
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that sequences hold, 0 to 1."""
+        """Share of the blocks that sequences hold, or were promised, 0 to 1."""
         return 1.0 - self.num_free / self.num_blocks
 
     def take(self, count: int) -> list[int] | None:
@@ -107,9 +109,9 @@ class BlockPool:
         here = [block for block in matched if block is not None]
         return total - len(here) + self.count_free(here)
 
-    def fill(self, hashes: Sequence[bytes], most: int) -> tuple[list[int], int, bool]:
+    def fill(self, hashes: Sequence[bytes], most: int) -> tuple[list[int], int, list[int | None]]:
         """Takes blocks that hold the beginning of a chain: those that do, and free ones, up to `most`, that are filled from
-        the second tier. Returns them, how many are filled, and whether more could be next time."""
+        the second tier. Returns them, how many are filled, and the `match`ed that are left for the next time."""
         assert self._host is not None
         matched = self.match(hashes)
         count, moves, room = 0, 0, self.num_free
@@ -119,7 +121,7 @@ class BlockPool:
             if moves > most or room < 0:
                 break
             count += 1
-        more = moves > most
+        rest = matched[count:] if room >= 0 else []
         matched = matched[:count]
         here = [block for block in matched if block is not None]
         self.acquire(here)
@@ -134,10 +136,10 @@ class BlockPool:
             if not self._host.load(hashes[place], blocks[place]):
                 # It was there, but what had to go took its place.
                 self.release(blocks[place:])
-                return blocks[:place], filled, False
+                return blocks[:place], filled, []
             self.register(blocks[place], hashes[place])
             filled += 1
-        return blocks, filled, more
+        return blocks, filled, rest
 
     def release(self, blocks: Sequence[int]) -> None:
         """Removes one holder from each block. The last of a prefix becomes the first to be evicted."""
@@ -199,8 +201,11 @@ class BlockPool:
         self._free.update(self._kept)
         self._kept.clear()
 
-    def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
-        """Every block is free or held, exactly as often as the holders' tables say. AssertionError names what is not."""
+    def check_integrity(self, holders: Iterable[Sequence[int]], num_reserved: int = 0) -> None:
+        """Every block is free or held, exactly as often as the holders' tables say, and so many free ones are reserved.
+        AssertionError names what is not."""
+        assert self.num_reserved == num_reserved, f"{num_reserved} blocks reserved, {self.num_reserved} counted"
+        assert self.num_free >= 0, "more blocks are reserved than are free"
         expected = Counter(block for table in holders for block in table)
         for block, refs in enumerate(self._refs):
             assert refs == expected[block], f"block {block}: {refs} references counted, {expected[block]} held"

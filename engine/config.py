@@ -36,8 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     session_ttl_s: float = 600.0
     """For how long a session's blocks are kept after an answer, at most."""
     session_share: float = 0.5
-    """Of the blocks, how many all sessions together may keep; each tenant an equal part of them. The second tier is theirs
-    as a whole."""
+    """Of the blocks, how many all sessions together may keep; each tenant an equal part of them, and of the second tier."""
     step_profile: tuple[tuple[int, float], ...] = ()
     """Tokens and seconds of steps, as measured before there was traffic."""
     sampled_drafts: bool = False

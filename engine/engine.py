@@ -255,9 +255,9 @@ class Engine:
             host_kv_cache_usage=residency.host.usage,
         )
 
-    def load(self) -> Load:
-        """What admission goes by."""
-        return measure_load(self.scheduler, self._times)
+    def load(self, *, reading: bool = True) -> Load:
+        """What admission goes by; see `measure_load`."""
+        return measure_load(self.scheduler, self._times, reading=reading)
 
     def paces(self) -> Mapping[str, Pace]:
         """Each class's cap, and what its sequences see."""

@@ -24,7 +24,7 @@ class HostTier:
         """Content to how many may want it again."""
         self._blocks: OrderedDict[bytes, int] = OrderedDict()
         """Content to host block, by last use."""
-        self._free = list(range(num_blocks))
+        self._free = self._all_free()
 
     @property
     def usage(self) -> float:
@@ -85,7 +85,11 @@ class HostTier:
         """The verifier and its host memory are gone."""
         self.moves.clear()
         self._blocks.clear()
-        self._free = list(range(self.num_blocks))
+        self._free = self._all_free()
+
+    def _all_free(self) -> list[int]:
+        """The first is taken first: the memory of the others may not be there yet."""
+        return list(reversed(range(self.num_blocks)))
 
     def check_integrity(self, kept: Counter[bytes]) -> None:
         """Every block is free or has one content, which is `kept` as often as is counted. AssertionError otherwise."""

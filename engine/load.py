@@ -22,7 +22,7 @@ class ClassLoad(NamedTuple):
     num_started: int
     """Requests that have had it since the engine began."""
     reading_s: float
-    """Time to read the prompts, of this class and of more urgent ones, that are not read."""
+    """Time to read the prompts, of this class and of more urgent ones, that are not read; 0 where it was not asked for."""
 
 
 class Load(NamedTuple):
@@ -33,8 +33,9 @@ class Load(NamedTuple):
     classes: Mapping[str, ClassLoad]
 
 
-def measure_load(scheduler: Scheduler, times: StepTimes) -> Load:
-    """The load as of the last step."""
+def measure_load(scheduler: Scheduler, times: StepTimes, *, reading: bool) -> Load:
+    """The load as of the last step. `reading`: what there is to read, too, which is O(sequences); a class with `admission:
+    reject` needs that in any case."""
     residency, config = scheduler.residency, scheduler.config
     queued: dict[str, Counter[str]] = {slo.name: Counter() for slo in config.classes}
     for (name, tenant), count in residency.queued.items():
@@ -42,7 +43,8 @@ def measure_load(scheduler: Scheduler, times: StepTimes) -> Load:
             queued[name][tenant] = count
     many = config.max_num_batched_tokens
     token_s = (times.predict(many, unsampled=many, excess=0) or 0.0) / many
-    unread = _unread(scheduler)
+    reading = reading or any(slo.admission == "reject" for slo in config.classes)
+    unread = _unread(scheduler) if reading else Counter()
     classes = {
         slo.name: ClassLoad(
             config.max_num_seqs - _num_ahead(scheduler, slo),

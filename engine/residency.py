@@ -86,7 +86,6 @@ class Residency:
         before, seq.num_kept = seq.num_kept, max(seq.num_kept, seq.num_registered)
         self.host.keep(seq.hashes[: seq.num_kept])
         self.host.release(seq.hashes[:before])
-        seq.finding = False
         self._leave(seq)
         insort(self.waiting, seq, key=place_in_line)
 
@@ -135,7 +134,7 @@ class Residency:
         cached = self.pool.match(hashes)
         # One token more than it has now, so that a sequence does not start only to be displaced.
         total = len(seq.token_ids) // size + 1
-        yieldable = sum(len(other.block_ids) for other in self.running if _outranks(seq, other))
+        yieldable = sum(len(other.block_ids) + other.num_reserved for other in self.running if _outranks(seq, other))
         if self.pool.count_needed(total, cached) > self.pool.num_free + yieldable:
             return False  # nobody is displaced in vain
         while self.pool.count_needed(total, cached) > self.pool.num_free:
@@ -149,13 +148,14 @@ class Residency:
         seq.num_found = len(cached) * size
         seq.block_ids = [block for block in here if block is not None]
         self.pool.acquire(seq.block_ids)
+        self._reserve(seq, self.pool.count_needed(len(cached) - len(here), cached[len(here) :]))
         seq.row, self._next_row = self._next_row, self._next_row + 1
         insort(self.running, seq, key=place_in_line)
         self.stats.prefix_cache_queries += len(seq.token_ids)
         if len(here) == len(cached):
             self._release_kept(seq)
-        seq.finding = seq.num_cached is None
-        if seq.finding:
+        if seq.num_cached is None:
+            seq.num_cached = seq.num_found
             self._dequeue(seq)
             self.started[seq.slo.name] += 1
             self.stats.prompt_tokens += seq.prompt_len
@@ -164,34 +164,35 @@ class Residency:
         return True
 
     def load(self, seq: Sequence, most: int, new_blocks: dict[int, list[int]]) -> bool:
-        """Fills up to `most` further blocks of a sequence, of which nothing was computed yet, from the second tier; the
-        least urgent give theirs. Whether there are more to be filled."""
+        """Fills up to `most` further blocks of a sequence from the second tier. Whether there are more to be filled."""
         assert seq.row is not None
-        begin = seq.num_registered
-        if not self.host.num_blocks or len(seq.block_ids) > begin or seq.num_scheduled > begin * self.config.block_size:
+        if seq.num_scheduled >= seq.num_found:
             return False
-        hashes = self._hashes(seq)[begin:]
-        while self.running[-1] is not seq and min(len(self.pool.match(hashes)), most) > self.pool.num_free:
-            self.preempt(self.running[-1])
-        blocks, loaded, more = self.pool.fill(hashes, most)
+        hashes = self._hashes(seq)[seq.num_registered :]
+        self._reserve(seq, 0)
+        blocks, loaded, rest = self.pool.fill(hashes, most)
+        # What others held and gave back was not reserved.
+        self._reserve(seq, min(self.pool.count_needed(len(rest), rest), self.pool.num_free))
         self.stats.host_cache_hits += loaded * self.config.block_size
         if blocks:
             seq.block_ids += blocks
             new_blocks.setdefault(seq.row, []).extend(blocks)
             self._note_found(seq, len(blocks))
-        if not more:
+        if not rest:
             seq.num_found = seq.num_scheduled
-            if blocks or not self.pool.match(hashes[:1]):
-                self._release_kept(seq)
-        return more
+            seq.num_cached = min(seq.num_cached or 0, seq.num_found)
+            self._release_kept(seq)
+        return bool(rest)
+
+    def _reserve(self, seq: Sequence, count: int) -> None:
+        self.pool.num_reserved += count - seq.num_reserved
+        seq.num_reserved = count
 
     def _note_found(self, seq: Sequence, count: int) -> None:
         """The next `count` blocks of a sequence hold what they shall."""
         seq.num_registered += count
         seq.num_computed = seq.num_scheduled = seq.num_registered * self.config.block_size
         self.stats.prefix_cache_hits += count * self.config.block_size
-        if seq.finding:
-            seq.num_cached = min((seq.num_cached or 0) + count * self.config.block_size, seq.prompt_len)
 
     def _release_kept(self, seq: Sequence) -> None:
         self.host.release(seq.hashes[: seq.num_kept])
@@ -245,7 +246,8 @@ class Residency:
 
     def check_integrity(self) -> None:
         """Blocks, rows and lines agree. AssertionError names what does not. O(blocks)."""
-        self.pool.check_integrity(seq.block_ids for seq in self.running)
+        reserved = sum(seq.num_reserved for seq in self.running)
+        self.pool.check_integrity((seq.block_ids for seq in self.running), reserved)
         assert len(self.running) <= self.config.max_num_seqs, "more sequences run than there are slots"
         for name, line in (("running", self.running), ("waiting", self.waiting)):
             assert line == sorted(line, key=place_in_line), f"{name} sequences are out of order"
@@ -276,6 +278,7 @@ class Residency:
         self.joins = [join for join in self.joins if join.row != seq.row]
         self.pool.release(seq.block_ids)
         seq.block_ids = []
+        self._reserve(seq, 0)
         seq.row = seq.token_s = None
         seq.num_computed = seq.num_scheduled = seq.num_sampling = seq.num_registered = 0
 

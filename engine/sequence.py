@@ -40,7 +40,6 @@ class Sequence:
         "draft_record",
         "due_s",
         "epoch",
-        "finding",
         "first_due_s",
         "hashes",
         "key",
@@ -54,6 +53,7 @@ class Sequence:
         "num_kept",
         "num_prefix",
         "num_registered",
+        "num_reserved",
         "num_sampling",
         "num_scheduled",
         "pace_s",
@@ -111,15 +111,15 @@ class Sequence:
         self.num_sampling = 0
         """Tokens that the steps under way will append, at least: one for each that samples for it."""
         self.num_cached: int | None = None
-        """Prompt tokens found in the prefix cache at the first start; None before it."""
-        self.finding = False
-        """It has started for the first time, and what more is found of it counts as cached."""
+        """Prompt tokens found in the prefix cache at the first start, or in the second tier; None before it."""
         self.num_found = 0
         """Tokens that were in the prefix cache or the second tier when it came, or when it was admitted."""
         self.row: int | None = None
         """The verifier's name for it; None while it waits."""
         self.block_ids: list[int] = []
         self.hashes: list[bytes] = []
+        self.num_reserved = 0
+        """Free blocks that are its own, for what is still to be loaded."""
         self.num_kept = 0
         """Blocks whose content is kept for it from when it was displaced until it is loaded."""
         self.num_registered = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from tailserve.engine.model.memory import untouched_zeros
+from tailserve.engine.model.memory import Reserve, untouched_zeros
 from tailserve.engine.types import BlockMove
 
 AT_ONCE = 64
@@ -36,9 +37,12 @@ class MemoryBlocks:
     def __init__(self, parts: Sequence[torch.Tensor], num_blocks: int) -> None:
         self._parts = [part.numpy() for part in parts]
         self._blocks = untouched_zeros((num_blocks, len(parts), parts[0].shape[1]), np.uint8)
+        self._reserve = Reserve([self._blocks[np.newaxis]])
 
     def make(self, moves: Sequence[BlockMove]) -> None:
         """See `HostBlocks.make`. A piece after the other is faster than to gather them."""
+        if moves:
+            self._reserve.note_use(np.array([move.host_block for move in moves]))
         for move in moves:
             pieces = zip(self._parts, self._blocks[move.host_block], strict=True)
             if move.to_host:
@@ -60,6 +64,7 @@ class PinnedBlocks:
         # Not `pin_memory`, which takes the next power of two of bytes.
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         torch.cuda.check_error(runtime.cudaHostRegister(self._blocks.data_ptr(), self._blocks.nbytes, 0))
+        weakref.finalize(self, runtime.cudaHostUnregister, self._blocks.data_ptr())
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()

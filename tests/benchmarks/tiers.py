@@ -15,7 +15,6 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from turns import hold
 
 from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments.bench.load import Client, Sample, Workload
-from tailserve.deployments.bench.report import table
+from tailserve.deployments.bench.report import summarize, table
 
 CRITICAL = Workload("critical", 32, 32, headers={"X-SLO-Class": "critical"})
 
@@ -72,30 +71,17 @@ async def _ask(client: Client, samples: list[Sample], chance: random.Random) -> 
         samples.append(sample)
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
-
-
 def report(name: str, rounds: list[Round]) -> dict[str, object]:
     """Medians over the rounds."""
-
-    def median(of: list[float]) -> float:
-        return statistics.median(of)
-
-    ttft = [[1e3 * sample.ttft for sample in one.turns] for one in rounds]
-    tpot = [[1e3 * sample.tpot for sample in one.critical] for one in rounds]
-    gaps = [[1e3 * gap for sample in one.critical for gap in sample.gaps] for one in rounds]
+    turns = [summarize(one.turns, 1.0) for one in rounds]
+    critical = [summarize(one.critical, 1.0) for one in rounds]
     asked = sum(sample.prompt_tokens for one in rounds for sample in one.turns)
     return {
         "pool": name,
         "found_%": 100 * sum(sample.cached_tokens for one in rounds for sample in one.turns) / asked,
-        "TTFT_p50_ms": median([percentile(values, 0.5) for values in ttft]),
-        "TTFT_p99_ms": median([percentile(values, 0.99) for values in ttft]),
-        "critical": sum(map(len, tpot)),
-        "TPOT_p50_ms": median([percentile(values, 0.5) for values in tpot]),
-        "TPOT_p99_ms": median([percentile(values, 0.99) for values in tpot]),
-        "ITL_p99_ms": median([percentile(values, 0.99) for values in gaps]),
+        **{key: statistics.median(one[key] for one in turns) for key in ("TTFT_p50_ms", "TTFT_p99_ms")},
+        "critical": sum(one["requests"] for one in critical),
+        **{key: statistics.median(one[key] for one in critical) for key in ("TPOT_p50_ms", "TPOT_p99_ms", "ITL_p99_ms")},
     }
 
 
@@ -136,12 +122,10 @@ def main() -> None:
             ratio = float(str(by_name["small"][key])) / float(str(by_name["two tiers"][key]))
             print(f"{key}: {ratio:.2f} times lower with the second tier")
     if {"large", "two tiers"} <= by_name.keys():
-        pairs = zip(done["two tiers"], done["large"], strict=True)
-        ratios = [
-            percentile([sample.tpot for sample in moved.critical], 0.99)
-            / percentile([sample.tpot for sample in still.critical], 0.99)
-            for moved, still in pairs
-        ]
+        moved, still = (
+            [summarize(one.critical, 1.0)["TPOT_p99_ms"] for one in done[name]] for name in ("two tiers", "large")
+        )
+        ratios = [ours / theirs for ours, theirs in zip(moved, still, strict=True)]
         print(f"critical TPOT p99 while blocks move / with room for all: median {statistics.median(ratios):.3f} of {ratios}")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

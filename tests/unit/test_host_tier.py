@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from fakes import Answers, FakeExecutor, engine_config, expected_answer, make_request, run_to_end
+from fakes import VOCAB, Answers, FakeExecutor, engine_config, expected_answer, make_request, run_to_end
 
 from tailserve.engine.engine import Engine
 from tailserve.engine.host_tier import HostTier
@@ -119,6 +119,34 @@ def test_a_large_load_takes_many_steps_beside_a_critical_sequence() -> None:
     assert answers.ends[turn.id].usage.cached_tokens == 40
     assert answers.tokens[turn.id] == expected_answer([*said, 5], 2)
     assert answers.tokens[critical.id] == expected_answer([1, 2], 60)
+
+
+def test_what_is_still_to_be_loaded_has_its_blocks_already() -> None:
+    """Else both sessions would start, for one of which there is room, and displace each other."""
+    chat = Chat(128, num_blocks=48, max_model_len=64, session_share=0.0)
+    chat.executor.move_s, chat.tick = 0.01, 0.001
+    said = [chat.turn(name, [ord(name) % VOCAB] * 56)[0] for name in "ab"]
+    for seed in range(4):
+        chat.turn(None, [seed + 20] * 60)
+    critical = make_request([1, 2], max_tokens=24, slo_class="critical")
+    chat.engine.add(critical)
+    answers = Answers()
+    for _ in range(3):
+        answers.take(chat.engine.step())
+    before = chat.engine.stats.preemptions
+    turns = [
+        make_request([*tokens, 5], max_tokens=2, session_id=name, scope=name)
+        for name, tokens in zip("ab", said, strict=True)
+    ]
+    for turn in turns:
+        chat.engine.add(turn)
+    while chat.engine.has_work:
+        answers.take(chat.engine.step())
+        chat.engine.check_integrity()
+    assert chat.engine.stats.preemptions == before
+    assert [answers.ends[turn.id].usage.cached_tokens for turn in turns] == [56, 56]
+    for turn in turns:
+        assert answers.tokens[turn.id] == expected_answer(turn.prompt_token_ids, 2)
 
 
 def test_of_a_chain_the_last_blocks_give_way_first() -> None:
