@@ -29,6 +29,8 @@ class Placing(NamedTuple):
     session: str | None = None
     last: str | None = None
     """Where the session's last request went."""
+    avoid: frozenset[str] = frozenset()
+    """Instances that were lost to the request, as far as there are others."""
 
 
 class _Note(NamedTuple):
@@ -54,8 +56,9 @@ class Loads:
 
     def choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
         """The instance for a request; several if nothing tells them apart."""
+        left = [name for name in instances if name not in placing.avoid]
         with self._lock:
-            return self._choose(placing, instances, now)
+            return self._choose(placing, left or instances, now)
 
     def _choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
         # Instances are alike: what one takes for a token, a silent one does too.

@@ -1,4 +1,4 @@
-"""An ingress's side of the routers: requests out, tokens in."""
+"""An ingress's side of the routers: requests out, tokens in, and on to another instance when one is lost."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from typing import Any, Protocol
 import msgspec
 
 from tailserve.cluster.affinity import LOADS, Placing
+from tailserve.cluster.config import Timeouts
+from tailserve.deployments.open_request import OpenRequest
 from tailserve.deployments.streams import StepMessage
-from tailserve.engine.errors import NotReadyError
+from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.types import FinishReason, Request, TokenChunk
 
 logger = logging.getLogger(__name__)
 
 MOST_HOMES = 100_000
 """Sessions whose instance an ingress remembers; others go where their names say."""
+MOST_CARRIED = 3
+"""Instances that a request may lose: one that takes down whoever runs it must end."""
+SUBMIT_ATTEMPTS = 3
+"""Instances that may not take a new request before it is refused; Serve hears of a death a moment later."""
+RETRY_S = 0.1
 
 
 class RouterCalls(Protocol):
     """The router deployment's methods, as coroutines; see `tailserve.deployments.router.Router`."""
 
-    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> str: ...
+    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]: ...
     def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]: ...
     async def abort(self, request_ids: list[str], *, instance: str) -> None: ...
     async def drop_session(self, tenant: str, session_id: str) -> int: ...
@@ -34,15 +41,19 @@ class RouterCalls(Protocol):
 
 
 class RouterClient:
-    """Requests of one ingress at all instances. One stream per instance carries the tokens of all of them."""
+    """Requests of one ingress at all instances. One stream per instance carries the tokens of all of them.
 
-    def __init__(self, calls: RouterCalls, *, submit_timeout_s: float) -> None:
+    An instance is lost when its stream breaks, when it says nothing for `silence_s`, or when it says so itself. Its requests
+    go on at another from the tokens that came: noise is a function of the place, so the text is the same.
+    """
+
+    def __init__(self, calls: RouterCalls, timeouts: Timeouts) -> None:
         self._calls = calls
-        self._submit_timeout_s = submit_timeout_s
+        self._timeouts = timeouts
         self._ingress = uuid.uuid4().hex
-        self._queues: dict[str, asyncio.Queue[TokenChunk]] = {}
-        self._instances: dict[str, str] = {}
-        """Request id to the instance that accepted it."""
+        self._open: dict[str, OpenRequest] = {}
+        self._attempts: dict[str, OpenRequest] = {}
+        """By the id that the instance knows."""
         self._homes: dict[str, str] = {}
         """Session to the instance that took its last request, the longest unheard of first."""
         self._readers: dict[str, asyncio.Task[None]] = {}
@@ -54,41 +65,64 @@ class RouterClient:
 
         NotReadyError when no instance takes it in time; what the router raises otherwise.
         """
-        self._queues[request.id] = queue
-        session = request.scope if request.session_id is not None else None
-        last = None if session is None else self._homes.get(session)
-        placing = Placing(request.slo_class, len(request.prompt_token_ids), session, last)
-        call = self._spawn(self._calls.submit(msgspec.msgpack.encode(request), self._ingress, placing=placing))
-        call.add_done_callback(lambda done: self._placed(request.id, session, done))
+        waiting = self._open[request.id] = OpenRequest(request, queue)
         try:
-            await asyncio.wait_for(asyncio.shield(call), self._submit_timeout_s)
-        except TimeoutError:
-            self.cancel(request.id)
-            raise NotReadyError("no instance took the request in time; try again") from None
+            await self._place(waiting, self._timeouts.submit_s, SUBMIT_ATTEMPTS)
         except BaseException:
             self.cancel(request.id)
             raise
 
-    def _placed(self, request_id: str, session: str | None, call: asyncio.Task[str]) -> None:
-        """Whoever waited for it may have left: then the request is ended where it was placed."""
-        if call.cancelled() or call.exception() is not None:
-            return
-        self._instances[request_id] = call.result()
+    async def _place(self, waiting: OpenRequest, timeout_s: float, attempts: int | None = None) -> None:
+        """Asks one instance after the other, without end where `attempts` is None."""
+        until = time.monotonic() + timeout_s
+        self._attempts[waiting.attempt.id] = waiting
+        while True:
+            # Whoever waits for it may leave: the call goes on, and what it began is ended.
+            call = self._spawn(self._ask(waiting, waiting.attempt))
+            try:
+                await asyncio.wait_for(asyncio.shield(call), max(until - time.monotonic(), 0))
+            except TimeoutError:
+                raise NotReadyError("no instance took the request in time; try again") from None
+            except NotReadyError:
+                attempts = None if attempts is None else attempts - 1
+                if attempts == 0 or time.monotonic() + RETRY_S > until:
+                    raise
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+
+    async def _ask(self, waiting: OpenRequest, attempt: Request) -> None:
+        session = attempt.scope if attempt.session_id is not None else None
+        last = None if session is None else self._homes.get(session)
+        num_tokens = len(attempt.prompt_token_ids) + len(attempt.carried or ())
+        placing = Placing(attempt.slo_class, num_tokens, session, last, frozenset(waiting.lost))
+        instance, error = await self._calls.submit(msgspec.msgpack.encode(attempt), self._ingress, placing=placing)
+        if error is not None:
+            if isinstance(error, NotReadyError):
+                waiting.lost.add(instance)
+            raise error
         if session is not None:
             self._homes.pop(session, None)
-            self._homes[session] = call.result()
+            self._homes[session] = instance
             if len(self._homes) > MOST_HOMES:
                 del self._homes[next(iter(self._homes))]
-        self._read(call.result())
-        if request_id not in self._queues:
-            self.cancel(request_id)
+        self._read(instance)
+        if self._attempts.get(attempt.id) is waiting:
+            waiting.instance = instance
+        else:
+            self._spawn(self._abort([attempt.id], instance))
 
     def cancel(self, request_id: str) -> None:
         """Forgets a request and ends it at its instance. Needs no waiting: what still arrives for it is ended too."""
-        self._queues.pop(request_id, None)
-        instance = self._instances.pop(request_id, None)
-        if instance is not None:
-            self._spawn(self._abort([request_id], instance))
+        gone = self._open.get(request_id)
+        if gone is not None:
+            self._forget(gone)
+            if gone.instance is not None:
+                self._spawn(self._abort([gone.attempt.id], gone.instance))
+
+    def _forget(self, gone: OpenRequest) -> None:
+        del self._open[gone.request.id]
+        self._attempts.pop(gone.attempt.id, None)
 
     async def drop_session(self, tenant: str, session_id: str) -> int:
         """Frees what all instances keep of a session. Returns how many KV blocks that were."""
@@ -99,40 +133,66 @@ class RouterClient:
             self._readers[instance] = self._spawn(self._read_stream(instance))
 
     async def _read_stream(self, instance: str) -> None:
+        silence_s = self._timeouts.silence_s
+        clock = asyncio.get_running_loop().time
         try:
-            async for data in self._calls.stream(self._ingress, instance=instance):
-                self._dispatch(self._decoder.decode(data), instance)
-        except Exception as failure:  # noqa: BLE001 (whatever broke it, its requests must end)
-            logger.warning("the stream of instance %s broke: %s", instance, failure)
-            self._fail(instance, f"the instance that ran the request is gone: {failure}")
+            async with asyncio.timeout(silence_s) as limit:
+                async for data in self._calls.stream(self._ingress, instance=instance):
+                    limit.reschedule(clock() + silence_s)
+                    if data:
+                        self._dispatch(self._decoder.decode(data), instance)
+        except Exception as failure:  # noqa: BLE001 (whatever broke it, its requests must go on)
+            why = f"it said nothing for {silence_s:g} s" if isinstance(failure, TimeoutError) else str(failure)
+            self._lose(instance, why)
         finally:
             del self._readers[instance]
         # The router closes an idle stream; a request may have been accepted there at the same moment.
-        if instance in self._instances.values():
+        if any(waiting.instance == instance for waiting in self._open.values()):
             self._read(instance)
 
     def _dispatch(self, message: StepMessage, instance: str) -> None:
         LOADS.note(instance, message.load, time.monotonic())
         strays = []
         for chunk in message.chunks:
-            queue = self._queues.get(chunk.request_id)
-            if queue is not None:
-                queue.put_nowait(chunk)
-            elif chunk.finish_reason is None:
-                strays.append(chunk.request_id)
-            if chunk.finish_reason is not None:
-                self._queues.pop(chunk.request_id, None)
-                self._instances.pop(chunk.request_id, None)
+            waiting = self._attempts.get(chunk.request_id)
+            if waiting is None:
+                if chunk.finish_reason is None:
+                    strays.append(chunk.request_id)
+            elif chunk.finish_reason is FinishReason.LOST:
+                self._carry(waiting, chunk.error or "")
+            else:
+                waiting.take(chunk)
+                if chunk.finish_reason is not None:
+                    self._forget(waiting)
         if strays:
-            # Cancelled before its instance was known.
+            # Cancelled, or given up, before its instance was known.
             self._spawn(self._abort(strays, instance))
 
-    def _fail(self, instance: str, error: str) -> None:
-        for request_id in [key for key, value in self._instances.items() if value == instance]:
-            del self._instances[request_id]
-            queue = self._queues.pop(request_id, None)
-            if queue is not None:
-                queue.put_nowait(TokenChunk(request_id, finish_reason=FinishReason.ERROR, error=error))
+    def _lose(self, instance: str, why: str) -> None:
+        requests = [waiting for waiting in self._open.values() if waiting.instance == instance]
+        logger.warning("instance %s is lost, %d requests of it go on elsewhere: %s", instance, len(requests), why)
+        if requests:
+            # It may only have been out of reach.
+            self._spawn(self._abort([waiting.attempt.id for waiting in requests], instance))
+        for waiting in requests:
+            self._carry(waiting, f"the instance that ran the request is gone: {why}")
+
+    def _carry(self, waiting: OpenRequest, why: str) -> None:
+        if waiting.num_carried == MOST_CARRIED:
+            self._forget(waiting)
+            waiting.fail(f"{why}; {MOST_CARRIED} others before it, too")
+            return
+        del self._attempts[waiting.attempt.id]
+        waiting.carry()
+        self._spawn(self._carry_on(waiting))
+
+    async def _carry_on(self, waiting: OpenRequest) -> None:
+        try:
+            await self._place(waiting, self._timeouts.carry_s)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the request must end)
+            if self._open.get(waiting.request.id) is waiting:
+                self._forget(waiting)
+                waiting.fail(f"its instance was lost, and no other took it: {error}")
 
     async def _abort(self, request_ids: list[str], instance: str) -> None:
         try:

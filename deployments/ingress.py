@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import RayError
 
 from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
@@ -27,28 +27,18 @@ from tailserve.engine.types import ModelInfo
 logger = logging.getLogger(__name__)
 
 
-SUBMIT_ATTEMPTS = 3
-"""Instances that may die before a request is refused; Serve hears of a death a moment later."""
-
-
 class ServeCalls:
     """`RouterCalls` over a Serve handle."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> str:
-        for left in reversed(range(SUBMIT_ATTEMPTS)):
-            try:
-                answer: str | TailserveError = await self._handle.submit.remote(request, ingress, placing=placing)
-            except RayError as error:
-                # Whether a dead one had taken the request or not, it will not answer it.
-                if not left or not isinstance(error, ActorDiedError):
-                    raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
-            else:
-                break
-        if isinstance(answer, TailserveError):
-            raise answer
+    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]:
+        try:
+            answer: tuple[str, TailserveError | None] = await self._handle.submit.remote(request, ingress, placing=placing)
+        except RayError as error:
+            # Whether a dead one had taken the request or not, it will not answer it.
+            raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
         return answer
 
     async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
@@ -76,7 +66,7 @@ class Ingress:
         parsed = parse_config(config)
         text = TextModel(resolve_model(parsed.model))
         self._calls = ServeCalls(router)
-        client = RouterClient(self._calls, submit_timeout_s=parsed.timeouts.submit_s)
+        client = RouterClient(self._calls, parsed.timeouts)
         name = parsed.served_model_name or model_name(parsed.model)
         self._service = Service(parsed, text, client, name)
         keep_collector_out_of_steps()
@@ -105,7 +95,7 @@ def deployment(config: TailserveConfig, router: Any) -> Any:
         ray_actor_options={"num_cpus": config.resources.ingress_cpus},
         # Admission is the router's: every open stream is an ongoing request here.
         max_ongoing_requests=100_000,
-        graceful_shutdown_timeout_s=60.0,
+        graceful_shutdown_timeout_s=config.timeouts.drain_s,
         logging_config={"enable_access_log": False},
     )
     return node.bind(config.model_dump(mode="json"), router)

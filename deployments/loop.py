@@ -61,7 +61,7 @@ class EngineLoop:
         if slo is None:
             raise InvalidRequestError(f"unknown SLO class {request.slo_class!r}", param="slo_class")
         with self._work:
-            if self._stopping or self.failure is not None:
+            if self._stopping or self.failure is not None or self._engine.broken:
                 raise NotReadyError("this instance is shutting down; try again")
             if request.id in self._owners:
                 raise InvalidRequestError(f"request id {request.id!r} is already in use", param="request_id")
@@ -107,7 +107,7 @@ class EngineLoop:
         return self._idle.wait(timeout_s)
 
     def stop(self) -> None:
-        """Ends the thread after the step under way; open requests end with an error."""
+        """Ends the thread after the step under way; open requests are lost to this instance."""
         with self._work:
             self._stopping = True
             self._idle.clear()
@@ -129,7 +129,7 @@ class EngineLoop:
                 count.set_result(0)
         # Those in the inbox included. The engine's own state is in doubt after a failure.
         text = "the instance stopped; the request was not completed"
-        self._deliver([TokenChunk(name, finish_reason=FinishReason.ERROR, error=text) for name in list(self._owners)])
+        self._deliver([TokenChunk(name, finish_reason=FinishReason.LOST, error=text) for name in list(self._owners)])
 
     def _take_in(self) -> bool:
         """Waits for work and moves the inbox into the engine. False when it is time to stop."""

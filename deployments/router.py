@@ -96,21 +96,21 @@ class Router:
         link.start()
         return link
 
-    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> str | TailserveError:
+    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]:
         """Accepts an encoded `Request` and returns this instance's name, to read the stream from.
 
         `placing`: what `InstanceRequestRouter` went by.
 
-        Refusals (see `EngineLoop.submit`) are returned, not raised: Serve logs a traceback for whatever a replica raises,
-        and being full is no accident.
+        Refusals (see `EngineLoop.submit`) are returned beside it, not raised: Serve logs a traceback for whatever a replica
+        raises, and being full is no accident.
         """
         decoded = msgspec.msgpack.decode(request, type=Request)
         try:
             self._loop.submit(decoded, ingress)
         except TailserveError as error:
-            return error
+            return self._instance, error
         self._outboxes.open_request(ingress)
-        return self._instance
+        return self._instance, None
 
     async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
         """Encoded `StepMessage`s for one ingress, while it has requests here."""
@@ -243,7 +243,7 @@ def deployment(config: TailserveConfig) -> Any:
         # The engine does the queueing: Serve passes everything on. A stream counts as one call.
         max_ongoing_requests=100_000,
         health_check_period_s=2.0,
-        graceful_shutdown_timeout_s=60.0,
+        graceful_shutdown_timeout_s=config.timeouts.drain_s,
         request_router_config={
             "request_router_class": "tailserve.cluster.request_router:InstanceRequestRouter",
         },

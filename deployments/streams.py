@@ -13,6 +13,8 @@ from tailserve.engine.types import TokenChunk
 
 LINGER_S = 0.2
 """A stream without requests stays open this long, so that a chat's next request finds it."""
+BEAT_S = 2.0
+"""With nothing to say for this long, a stream with open requests says that: who reads it knows that its instance lives."""
 ORPHAN_S = 10.0
 """Requests whose ingress never opened its stream, or lost it, are given up after this long."""
 
@@ -74,7 +76,8 @@ class Outboxes:
                 box.put(data)
 
     async def read(self, ingress: str) -> AsyncIterator[bytes]:
-        """The ingress's messages until it has no more requests here and `LINGER_S` has passed.
+        """The ingress's messages until it has no more requests here and `LINGER_S` has passed; an empty one each `BEAT_S`
+        in which there is none.
 
         NotReadyError if nothing is known of the ingress: its requests were given up.
         """
@@ -82,6 +85,7 @@ class Outboxes:
         if box is None:
             raise NotReadyError("this instance has no requests of the ingress any more")
         box.readers += 1
+        said_s = self._loop.time()
         try:
             while True:
                 box.changed.clear()
@@ -89,7 +93,11 @@ class Outboxes:
                 for data in messages:
                     yield data
                 if messages:
+                    said_s = self._loop.time()
                     continue
+                if self._loop.time() > said_s + BEAT_S:
+                    said_s = self._loop.time()
+                    yield b""
                 try:
                     await asyncio.wait_for(box.changed.wait(), LINGER_S)
                 except TimeoutError:

@@ -56,6 +56,10 @@ class _Line:
         """Those in the inbox included."""
         return self.entered.total()
 
+    def enter(self, request: Request) -> None:
+        self.entered[request.tenant] += 1
+        self.new += 1
+
     def forget(self, now: float) -> None:
         """Gives up the places of those that did not come."""
         if now >= self._swept_s + SWEEP_S:
@@ -78,7 +82,7 @@ class Admission:
 
     A class's queue holds `max_queued` requests beyond those that find a slot. With `admission: reject` it holds no more than
     can have their first token in time. Whoever is refused is told when there will be a place, no two the same one, and the
-    place is kept: a request that comes again is known by its content. No tenant's requests keep another's out while that
+    place is kept: a request that comes again is known by its content. One that another instance had accepted is not refused. No tenant's requests keep another's out while that
     one has less than its share of the queue.
     """
 
@@ -96,6 +100,9 @@ class Admission:
         """None if the request may enter, and it counts then; else seconds after which there is a place for it."""
         line = self._lines[request.slo_class]
         line.forget(now)
+        if request.carried is not None:
+            line.enter(request)
+            return None
         key = hash((request.tenant, request.prompt_token_ids, request.sampling.max_tokens))
         place = line.kept.get(key)
         wait = max(place.due - now - EARLY_S, 0.0) if place else self._wait(line, request, now)
@@ -105,8 +112,7 @@ class Admission:
                 line.kept[key] = _Place(request.tenant, now + wait, now + wait + max(GRACE * wait, GRACE_S))
             return wait
         line.kept.pop(key, None)
-        line.entered[request.tenant] += 1
-        line.new += 1
+        line.enter(request)
         return None
 
     def _wait(self, line: _Line, request: Request, now: float) -> float:

@@ -20,7 +20,7 @@ from tailserve.engine.speculation.drafter import Drafter
 from tailserve.engine.speculation.policy import DraftPolicy
 from tailserve.engine.speculation.selection import DraftSelection
 from tailserve.engine.stats import EngineGauges, EngineStats
-from tailserve.engine.types import Batch, Request, StepResult, TokenChunk
+from tailserve.engine.types import Batch, FinishReason, Request, StepResult, TokenChunk
 
 logger = logging.getLogger(__name__)
 
@@ -286,6 +286,6 @@ class Engine:
             self._executor.restart()
         except ExecutorLostError as error:
             self.broken = True
-            return chunks + self.scheduler.fail_all(error.message)
+            return chunks + self.scheduler.fail_all(error.message, FinishReason.LOST)
         self.broken = False
         return chunks

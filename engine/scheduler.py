@@ -83,7 +83,11 @@ class Scheduler:
         epoch = self.pins.epoch(request.tenant, request.session_id or "")
         seq = Sequence(request, slo, arrival_s, key, self.config.max_model_len, charge=charge, epoch=epoch)
         self._sequences[request.id] = seq
-        seq.awaits_prefix = drafts and slo.speculative_prefix > 0 and may_have_prefix(request.sampling)
+        if request.carried is not None:
+            # That it is late is the fault of the instance that was lost.
+            seq.first_due_s = now + slo.ttft_s
+        may_have = not request.carried and may_have_prefix(request.sampling)
+        seq.awaits_prefix = drafts and slo.speculative_prefix > 0 and may_have
         if request.timeout_s is not None:
             self._timed[request.id] = seq
         self.pins.begin(seq, now)
@@ -95,9 +99,9 @@ class Scheduler:
         seq = self._sequences.get(request_id)
         return None if seq is None else self._finish(seq, Stop(FinishReason.ABORT))
 
-    def fail_all(self, error: str) -> list[TokenChunk]:
-        """Ends every request with FinishReason.ERROR."""
-        return [self._finish(seq, Stop(FinishReason.ERROR), error=error) for seq in list(self._sequences.values())]
+    def fail_all(self, error: str, reason: FinishReason = FinishReason.ERROR) -> list[TokenChunk]:
+        """Ends every request, with ERROR or LOST."""
+        return [self._finish(seq, Stop(reason), error=error) for seq in list(self._sequences.values())]
 
     def take_ended(self) -> list[TokenChunk]:
         """Requests whose deadlines passed since the last call."""

@@ -102,8 +102,8 @@ class Sequence:
         """When its last token was made; None before the first, and where it has lost its place since."""
         self.moved_s = arrival_s
         """When a step last did something for it, or when it came."""
-        self.token_ids = list(request.prompt_token_ids)
-        self.prompt_len = len(self.token_ids)
+        self.token_ids = [*request.prompt_token_ids, *(request.carried or ())]
+        self.prompt_len = len(request.prompt_token_ids)
         self.max_len = min(self.prompt_len + request.sampling.max_tokens, max_model_len)
         self.num_computed = 0
         self.num_scheduled = 0
@@ -170,4 +170,4 @@ class Sequence:
 
     def usage(self) -> Usage:
         rejected = self.num_drafted - self.num_accepted_drafts
-        return Usage(self.num_cached or 0, self.num_accepted_drafts, rejected, self.num_prefix)
+        return Usage(min(self.num_cached or 0, self.prompt_len), self.num_accepted_drafts, rejected, self.num_prefix)

@@ -18,7 +18,9 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     """The client left or asked for it."""
     ERROR = "error"
-    """The instance could not go on; `TokenChunk.error` says why."""
+    """It could not be completed; `TokenChunk.error` says why."""
+    LOST = "lost"
+    """Its instance cannot go on, and another can: the ingress carries it on there. No client sees this one."""
 
 
 class SloClass(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +94,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the client's request arrived. Clocks never cross processes, ages do."""
     timeout_s: float | None = None
     """The request ends, with what it has, this many seconds after it arrived."""
+    carried: tuple[int, ...] | None = None
+    """The answer so far, by an instance that was lost: this one goes on behind it, and does not refuse it. None for
+    a request that no instance had accepted."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -126,7 +131,7 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     usage: Usage = Usage()
     """What the request has cost so far."""
     error: str | None = None
-    """Set with FinishReason.ERROR."""
+    """Set with FinishReason.ERROR and LOST."""
 
 
 Candidates = tuple[list[int], list[float]]

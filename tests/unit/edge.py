@@ -15,7 +15,7 @@ import uvicorn
 from fakes import FakeExecutor, engine_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tailserve.cluster.config import parse_config
+from tailserve.cluster.config import Timeouts, parse_config
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.http import create_app
 from tailserve.deployments.loop import EngineLoop
@@ -23,6 +23,7 @@ from tailserve.deployments.service import Service
 from tailserve.deployments.streams import Outboxes
 from tailserve.deployments.text import TextModel
 from tailserve.engine.engine import Engine
+from tailserve.engine.errors import TailserveError
 from tailserve.engine.types import Batch, ModelInfo, Request
 
 MODEL = "tiny"
@@ -67,10 +68,13 @@ class LocalCalls:
         self.loop = EngineLoop(self.engine, settings.classes, self.outboxes.publish)
         self.aborted: list[str] = []
 
-    async def submit(self, request: bytes, ingress: str, **_: Any) -> str:
-        self.loop.submit(msgspec.msgpack.decode(request, type=Request), ingress)
+    async def submit(self, request: bytes, ingress: str, **_: Any) -> tuple[str, TailserveError | None]:
+        try:
+            self.loop.submit(msgspec.msgpack.decode(request, type=Request), ingress)
+        except TailserveError as error:
+            return "here", error
         self.outboxes.open_request(ingress)
-        return "here"
+        return "here", None
 
     async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
         async for data in self.outboxes.read(ingress):
@@ -93,7 +97,7 @@ class Edge:
     ) -> None:
         """`settings`: of the deployment; `config`: of the engine."""
         self.calls = LocalCalls(**config)
-        self.router = RouterClient(self.calls, submit_timeout_s=5.0)
+        self.router = RouterClient(self.calls, Timeouts(submit_s=5.0))
         text = TextModel(write_tokenizer(directory))
         self.service = Service(parse_config(settings or {}), text, self.router, MODEL)
         if ready:

@@ -134,3 +134,10 @@ def test_one_tenants_queue_does_not_keep_others_out() -> None:
     desk.note()
     assert [desk.ask(fresh(tenant="quiet")) for _ in range(5)] == [None] * 5
     assert desk.ask(fresh(tenant="quiet")) is not None
+
+
+def test_what_another_instance_had_accepted_is_not_refused() -> None:
+    desk = Desk(replace(NORMAL, max_queued=1), rate=1.0)
+    assert desk.ask(fresh()) is None
+    assert desk.ask(fresh()) is not None
+    assert desk.ask(fresh(carried=())) is None

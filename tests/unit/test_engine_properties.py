@@ -24,7 +24,7 @@ _add = st.tuples(
     st.sampled_from([None, None, 3.0, 12.0]),
 )
 _other = st.tuples(
-    st.sampled_from(["step", "step", "step", "abort", "wait", "delete", "crash", "draft dies", "draft returns", "mute"])
+    st.sampled_from(["step", "step", "step", "abort", "wait", "delete", "crash", "carry", "draft dies", "draft returns", "mute"])
 )
 
 
@@ -97,6 +97,15 @@ def test_any_schedule(  # type: ignore[no-untyped-def]
             case "abort" if requests:
                 chunk = engine.abort(list(requests)[len(requests) // 2])
                 answers.take([chunk] if chunk else [])
+            case "carry" if requests:
+                # As if another instance had made what there is.
+                request_id = list(requests)[len(requests) // 2]
+                if engine.abort(request_id) is not None:
+                    request = requests.pop(request_id)
+                    tokens = answers.tokens.pop(request_id, [])
+                    carried = replace(request, id=f"{request_id}~", carried=(*(request.carried or ()), *tokens))
+                    requests[carried.id] = carried
+                    engine.add(carried)
             case "wait":
                 now += 2.0
             case "delete":
@@ -117,7 +126,8 @@ def test_any_schedule(  # type: ignore[no-untyped-def]
     assert engine.gauges().kv_cache_usage == 0.0
     assert answers.ends.keys() == requests.keys()
     for request_id, end in answers.ends.items():
-        request, tokens = requests[request_id], answers.tokens.get(request_id, [])
+        request = requests[request_id]
+        tokens = [*(request.carried or ()), *answers.tokens.get(request_id, [])]
         assert tokens == expected_answer(request.prompt_token_ids, len(tokens))
         if end.finish_reason is FinishReason.LENGTH and end.stop_reason is None:
             assert len(tokens) == min(request.sampling.max_tokens, 64 - len(request.prompt_token_ids))
