@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from tailserve.cluster.autoscaling import AutoscalingConfig
 from tailserve.cluster.early_stop import EarlyStopConfig
 from tailserve.cluster.tenants import TenantConfig
 from tailserve.engine.errors import ConfigError
@@ -28,7 +27,10 @@ NEEDS_MODEL = (
     "name one in draft_model, or set it to 0"
 )
 
-Speculation = Annotated[Literal["auto", "off"] | int, BeforeValidator(_check_speculation)]
+Speculation = Annotated[
+    Literal["auto", "off"] | int,
+    BeforeValidator(_check_speculation, json_schema_input_type=Literal["auto", "off", False] | int),
+]
 
 
 class _Strict(BaseModel):
@@ -44,6 +46,7 @@ class SloClassConfig(_Strict):
     tpot_s: float = Field(gt=0, description="target for the time per output token, seconds")
     max_tokens: int = Field(default=4096, ge=1, description="most output tokens of one request")
     max_queued: int = Field(default=1024, ge=0, description="requests that may wait for a first slot before 429")
+    min_instances: int = Field(default=0, ge=0, description="kept while requests of the class come; see autoscaling")
     admission: Literal["wait", "reject"] = Field(
         default="wait", description="of a request whose first token would come too late: wait all the same, or 429"
     )
@@ -68,7 +71,7 @@ class SloClassConfig(_Strict):
         """`speculation`: of the deployment."""
         return SloClass(
             **(
-                self.model_dump(exclude={"early_stop"})
+                self.model_dump(exclude={"early_stop", "min_instances"})
                 | {"speculation": speculation if self.speculation is None else self.speculation}
             )
         )
@@ -162,6 +165,7 @@ class TailserveConfig(_Strict):
         SloClassConfig(name="normal", priority=10, ttft_s=5.0, tpot_s=0.2),
     )
     tenants: tuple[TenantConfig, ...] = Field(default=(), description="API keys and what they allow; none: no key is needed")
+    tenants_file: str | None = Field(default=None, description="YAML list of more of them: a Secret's file, say")
     default_class: str = "normal"
     urgent_class: str = Field(default="critical", description="class of requests with a negative integer `priority`")
     service_tiers: dict[Literal["auto", "default", "flex", "priority"], str] = Field(
@@ -170,8 +174,9 @@ class TailserveConfig(_Strict):
     )
     resources: Resources = Resources()
     timeouts: Timeouts = Timeouts()
-    num_instances: int = Field(default=1, ge=1)
+    num_instances: int = Field(default=1, ge=1, description="with autoscaling: at first")
     num_ingresses: int = Field(default=1, ge=1)
+    autoscaling: AutoscalingConfig | None = Field(default=None, description="default: always num_instances")
 
     @model_validator(mode="after")
     def _check(self) -> TailserveConfig:
@@ -184,6 +189,7 @@ class TailserveConfig(_Strict):
             if name not in names:
                 raise ValueError(f"{field} is {name!r}, which is no class of slo_classes ({', '.join(names)})")
         self._check_tenants(names)
+        self._check_autoscaling()
         if self.kv_offloading_size and not self.enable_prefix_caching:
             raise ValueError("kv_offloading_size keeps KV blocks to find them again, which enable_prefix_caching: false "
                              "rules out: leave one of them out")  # fmt: skip
@@ -207,6 +213,22 @@ class TailserveConfig(_Strict):
                         f"tenants.{tenant.name}.classes has {name!r}, which is no class of slo_classes "
                         f"({', '.join(class_names)})"
                     )
+
+    def _check_autoscaling(self) -> None:
+        scaling = self.autoscaling
+        if scaling is None:
+            return
+        if not scaling.min_instances <= self.num_instances <= scaling.max_instances:
+            raise ValueError(
+                f"num_instances is {self.num_instances}, which autoscaling begins with: from {scaling.min_instances} to "
+                f"{scaling.max_instances}"
+            )
+        for slo in self.slo_classes:
+            if slo.min_instances > scaling.max_instances:
+                raise ValueError(
+                    f"slo_classes.{slo.name}.min_instances is {slo.min_instances}, above autoscaling.max_instances "
+                    f"({scaling.max_instances})"
+                )
 
     @property
     def has_prefixes(self) -> bool:
@@ -241,16 +263,3 @@ def parse_config(data: dict[str, Any]) -> TailserveConfig:
         ]
         first = error.errors()[0]["loc"]
         raise ConfigError("; ".join(problems), param=str(first[0]) if first else None) from None
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """A YAML mapping. ConfigError if the file cannot be read or holds something else."""
-    try:
-        data = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}", param="config") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds no mapping: write `key: value` lines", param="config")
-    return data

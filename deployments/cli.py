@@ -15,7 +15,8 @@ import urllib.request
 from typing import Any
 
 from tailserve.cluster import placement
-from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
+from tailserve.cluster.config import TailserveConfig, parse_config
+from tailserve.cluster.files import read_config_file
 from tailserve.cluster.settings import prepare_serve, settings
 from tailserve.cluster.tenants import hash_key, new_key
 from tailserve.deployments import distill

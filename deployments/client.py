@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MOST_HOMES = 100_000
 """Sessions whose instance an ingress remembers; others go where their names say."""
-MOST_CARRIED = 3
+MOST_CARRIED = 2
 """Instances that a request may lose: one that takes down whoever runs it must end."""
 SUBMIT_ATTEMPTS = 3
 """Instances that may not take a new request before it is refused; Serve hears of a death a moment later."""

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
+from tailserve.cluster.files import with_tenants_of_file
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.http import create_app
@@ -63,7 +64,7 @@ class Ingress:
 
     def __init__(self, config: dict[str, Any], router: Any) -> None:
         log_with_serve()
-        parsed = parse_config(config)
+        parsed = with_tenants_of_file(parse_config(config))
         text = TextModel(resolve_model(parsed.model))
         self._calls = ServeCalls(router)
         client = RouterClient(self._calls, parsed.timeouts)
@@ -98,4 +99,4 @@ def deployment(config: TailserveConfig, router: Any) -> Any:
         graceful_shutdown_timeout_s=config.timeouts.drain_s,
         logging_config={"enable_access_log": False},
     )
-    return node.bind(config.model_dump(mode="json"), router)
+    return node.bind(config.model_dump(mode="json", exclude={"num_instances", "autoscaling"}), router)

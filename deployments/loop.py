@@ -10,6 +10,7 @@ from concurrent.futures import Future
 
 import msgspec
 
+from tailserve.cluster import autoscaling
 from tailserve.engine.admission import Admission
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import InvalidRequestError, NotReadyError, QueueFullError
@@ -101,6 +102,21 @@ class EngineLoop:
                 self._idle.clear()
                 self._work.notify()
         return count
+
+    def report(self) -> dict[str, float]:
+        """What autoscaling goes by; see `autoscaling.report`."""
+        with self._work:
+            if self._idle.is_set():
+                # While nothing happens nobody notes it.
+                self._note_load(time.monotonic())
+            demand, gauges = self._engine.demand(), self._engine.gauges()
+            return autoscaling.report(
+                slots=demand.slots,
+                kv=gauges.kv_cache_usage,
+                waits_s=self._state.waits_s,
+                ttft_s={name: slo.ttft_s for name, slo in self._classes.items()},
+                num_open=demand.num_open,
+            )
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Whether the engine has nothing to do, waiting up to `timeout_s` for it."""

@@ -127,6 +127,10 @@ class Router:
         """Frees what is kept of a session. Returns how many KV blocks that were."""
         return await asyncio.wrap_future(self._loop.drop_session(tenant, session_id))
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it twice a second."""
+        return self._loop.report()
+
     async def status(self) -> dict[str, Any]:
         """What this instance is, and how it does."""
         return {
@@ -236,7 +240,7 @@ def deployment(config: TailserveConfig) -> Any:
     node: Any = serve.deployment(
         Router,
         name="Router",
-        num_replicas=config.num_instances,
+        **_scale(config),
         ray_actor_options={"num_cpus": config.resources.router_cpus},
         placement_group_bundles=placement.bundles(config),
         placement_group_strategy=placement.STRATEGY,
@@ -249,4 +253,26 @@ def deployment(config: TailserveConfig) -> Any:
         },
         logging_config={"enable_access_log": False},
     )
-    return node.bind(config.model_dump(mode="json"))
+    # Without the number of replicas: to change it must not start those anew that there are.
+    return node.bind(config.model_dump(mode="json", exclude={"num_instances", "autoscaling"}))
+
+
+def _scale(config: TailserveConfig) -> dict[str, Any]:
+    scaling = config.autoscaling
+    if scaling is None:
+        return {"num_replicas": config.num_instances}
+    settings = {
+        "utilization": scaling.utilization,
+        "least": scaling.min_instances,
+        "least_by_class": {slo.name: slo.min_instances for slo in config.slo_classes if slo.min_instances},
+    }
+    return {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_instances,
+            "initial_replicas": config.num_instances,
+            "max_replicas": scaling.max_instances,
+            "upscale_delay_s": 0.0,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "policy": {"policy_function": "tailserve.cluster.autoscaling_policy:InstancePolicy", "policy_kwargs": settings},
+        }
+    }

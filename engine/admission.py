@@ -82,8 +82,8 @@ class Admission:
 
     A class's queue holds `max_queued` requests beyond those that find a slot. With `admission: reject` it holds no more than
     can have their first token in time. Whoever is refused is told when there will be a place, no two the same one, and the
-    place is kept: a request that comes again is known by its content. One that another instance had accepted is not refused. No tenant's requests keep another's out while that
-    one has less than its share of the queue.
+    place is kept: a request that comes again is known by its content. No tenant's requests keep another's out while that
+    one has less than its share of the queue. What another instance had accepted is not refused.
     """
 
     def __init__(self, classes: tuple[SloClass, ...]) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import StepTimes, count_excess, count_tokens, count_unsampled
 from tailserve.engine.errors import ExecutorLostError
-from tailserve.engine.load import Load, measure_load
+from tailserve.engine.load import Demand, Load, measure_demand, measure_load
 from tailserve.engine.pace import Pace
 from tailserve.engine.scheduler import Scheduler
 from tailserve.engine.speculation.coordinator import DraftCoordinator, draft_limit
@@ -258,6 +258,10 @@ class Engine:
     def load(self, *, reading: bool = True) -> Load:
         """What admission goes by; see `measure_load`."""
         return measure_load(self.scheduler, self._times, reading=reading)
+
+    def demand(self) -> Demand:
+        """What autoscaling goes by; see `measure_demand`."""
+        return measure_demand(self.scheduler)
 
     def paces(self) -> Mapping[str, Pace]:
         """Each class's cap, and what its sequences see."""

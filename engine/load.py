@@ -57,6 +57,28 @@ def measure_load(scheduler: Scheduler, times: StepTimes, *, reading: bool) -> Lo
     return Load(token_s, classes)
 
 
+class Demand(NamedTuple):
+    """What an engine is asked for, as of its last step."""
+
+    slots: float
+    """Sequences that run or wait, as a share of those that keep their class's pace; of the class where that is most."""
+    num_open: Mapping[str, int]
+    """Class to sequences that run or wait."""
+
+
+def measure_demand(scheduler: Scheduler) -> Demand:
+    """The demand as of the last step. O(sequences)."""
+    residency = scheduler.residency
+    # Of copies: the engine's thread goes on meanwhile.
+    num_open = Counter(seq.slo.name for seq in [*residency.running, *residency.waiting])
+    slots = 0.0
+    for slo in scheduler.config.classes:
+        # Those that are less urgent leave it its pace.
+        count = sum(num_open[other.name] for other in scheduler.config.classes if other.priority <= slo.priority)
+        slots = max(slots, count / scheduler.planner.paces[slo.name].cap)
+    return Demand(slots, num_open)
+
+
 def _num_ahead(scheduler: Scheduler, slo: SloClass) -> int:
     """Running sequences that yield no slot to this class."""
     running = scheduler.residency.running

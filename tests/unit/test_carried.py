@@ -34,7 +34,14 @@ def test_no_more_of_the_prompt_is_cached_than_there_is() -> None:
 @pytest.mark.parametrize("draft", ["none", "ngram"])
 def test_sampling_and_penalties_go_on_as_if_nothing_had_happened(tiny_llama: str, draft: str) -> None:
     models = Models(tiny_llama, num_blocks=100, block_size=8)
-    fields = {"temperature": 0.9, "seed": 11, "frequency_penalty": 0.7, "repetition_penalty": 1.2, "min_tokens": 9, "top_p": 0.9}
+    fields = {
+        "temperature": 0.9,
+        "seed": 11,
+        "frequency_penalty": 0.7,
+        "repetition_penalty": 1.2,
+        "min_tokens": 9,
+        "top_p": 0.9,
+    }
     request = make_request([5, 6, 7, 5, 6, 7, 5, 6], id="r", max_tokens=24, **fields)
     engine = models.engine()
     engine.add(request)

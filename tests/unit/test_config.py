@@ -5,7 +5,8 @@ import pytest
 from fakes import engine_config
 
 from tailserve.cluster import placement
-from tailserve.cluster.config import TailserveConfig, parse_config, read_config_file
+from tailserve.cluster.config import TailserveConfig, parse_config
+from tailserve.cluster.files import read_config_file, with_tenants_of_file
 from tailserve.deployments.cli import _parser, resolve_config
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.errors import ConfigError
@@ -104,3 +105,20 @@ def test_the_engine_configuration_is_frozen() -> None:
     config: EngineConfig = engine_config()
     with pytest.raises(AttributeError):
         config.max_num_seqs = 1  # type: ignore[misc]
+
+
+def test_tenants_may_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text(f"- {{name: gold, api_key_hashes: [{'a' * 64}]}}\n")
+    own = [{"name": "free", "api_key_hashes": ["b" * 64], "classes": ["normal"]}]
+    config = with_tenants_of_file(parse_config({"tenants": own, "tenants_file": str(file)}))
+    assert [tenant.name for tenant in config.tenants] == ["free", "gold"]
+    assert with_tenants_of_file(config) is config
+    for text, match in (
+        (f"- {{name: free, api_key_hashes: [{'c' * 64}]}}", "tenant or a key twice"),
+        ("gold: {}", "holds no list"),
+        ("- [", "cannot read tenants_file"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=match):
+            with_tenants_of_file(parse_config({"tenants": own, "tenants_file": str(file)}))

@@ -24,7 +24,9 @@ _add = st.tuples(
     st.sampled_from([None, None, 3.0, 12.0]),
 )
 _other = st.tuples(
-    st.sampled_from(["step", "step", "step", "abort", "wait", "delete", "crash", "carry", "draft dies", "draft returns", "mute"])
+    st.sampled_from(
+        ["step", "step", "step", "abort", "wait", "delete", "crash", "carry", "draft dies", "draft returns", "mute"]
+    )
 )
 
 

@@ -75,8 +75,8 @@ def test_whatever_happens_to_the_engine_every_request_ends(harness: Harness) -> 
     harness.executor.go.release()
     harness.loop.stop()
     assert {name: chunk.finish_reason for name, chunk in harness.ends.items()} == {
-        "running": FinishReason.ERROR,
-        "in the inbox": FinishReason.ERROR,
+        "running": FinishReason.LOST,
+        "in the inbox": FinishReason.LOST,
     }
     assert isinstance(harness.loop.failure, ValueError)
     with pytest.raises(NotReadyError):
@@ -136,3 +136,14 @@ def test_a_session_to_be_dropped_is_answered_when_the_engine_stops(harness: Harn
     harness.executor.broken = True
     harness.executor.go.release(1000)
     assert asked.result(10) == 0
+
+
+def test_what_autoscaling_goes_by_is_true_while_nothing_happens(harness: Harness) -> None:
+    for name in "abcd":
+        harness.submit(name)
+    busy = harness.loop.report()
+    harness.executor.go.release(1000)
+    assert harness.loop.wait_idle(10)
+    idle = harness.loop.report()
+    assert busy["slots"] >= 0
+    assert idle["slots"] == idle["kv"] == idle["lateness:normal"] == 0.0

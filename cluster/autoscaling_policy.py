@@ -1,0 +1,31 @@
+"""Ray Serve's view of the autoscaling rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+# The module: Serve pickles this one by value.
+from tailserve.cluster import autoscaling
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
+
+
+class InstancePolicy:
+    """Serve calls it in every turn of its control loop. Delays and bounds are Serve's own: see `serve_autoscaling`."""
+
+    def __init__(self, utilization: float, least: int, least_by_class: dict[str, int]) -> None:
+        self._settings: dict[str, Any] = {"utilization": utilization, "least": least, "least_by_class": least_by_class}
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """The number of instances, and no state."""
+        reports: dict[str, dict[str, float]] = {}
+        for metric, by_replica in (context.raw_metrics or {}).items():
+            for replica, series in by_replica.items():
+                if series:
+                    reports.setdefault(str(replica), {})[metric] = series[-1].value
+        # One that has said nothing yet has nothing to do.
+        said = [one for one in reports.values() if autoscaling.SLOTS in one]
+        idle = max(len(context.running_replicas) - len(said), 0)
+        reported = said + [{}] * idle if said else []
+        return autoscaling.count_instances(reported, context.target_num_replicas, **self._settings), {}
