@@ -82,8 +82,8 @@ class Resources(_Strict):
 
     ingress_cpus: float = Field(default=0.25, ge=0)
     router_cpus: float = Field(default=0.25, ge=0)
-    verifier_cpus: float = Field(default=1.0, ge=0)
-    verifier_gpus: float = Field(default=0, ge=0, description="0 serves from CPUs")
+    verifier_cpus: float = Field(default=1.0, ge=0, description="of each rank")
+    verifier_gpus: float = Field(default=0, ge=0, description="of each rank; 0 serves from CPUs")
     draft_cpus: float = Field(default=0.25, ge=0)
     draft_gpus: float = Field(default=0, ge=0)
 
@@ -109,6 +109,9 @@ class TailserveConfig(_Strict):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: Literal["none", "int8"] = Field(
         default="none", description="int8: weights and activations of the verifier's products, on CPUs"
+    )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, le=8, description="processes, each on a GPU of its own, that share the verifier's layers"
     )
     device: str = "auto"
     attention_backend: Literal["auto", "compiled", "cpu", "cuda", "reference"] = "auto"
@@ -190,6 +193,9 @@ class TailserveConfig(_Strict):
                 raise ValueError(f"{field} is {name!r}, which is no class of slo_classes ({', '.join(names)})")
         self._check_tenants(names)
         self._check_autoscaling()
+        if self.tensor_parallel_size > 1 and (self.quantization != "none" or self.attention_backend == "compiled"):
+            raise ValueError("tensor_parallel_size is above 1, which neither quantization nor attention_backend: compiled "
+                             "goes with: set them to none, and auto")  # fmt: skip
         if self.kv_offloading_size and not self.enable_prefix_caching:
             raise ValueError("kv_offloading_size keeps KV blocks to find them again, which enable_prefix_caching: false "
                              "rules out: leave one of them out")  # fmt: skip

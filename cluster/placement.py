@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from tailserve.cluster.config import TailserveConfig
 
-ROUTER_BUNDLE, VERIFIER_BUNDLE, DRAFT_BUNDLE = 0, 1, 2
+ROUTER_BUNDLE, VERIFIER_BUNDLE = 0, 1
 STRATEGY = "STRICT_PACK"
 """Router, verifier and draft talk over local sockets, so they share a node."""
 
 
 def bundles(config: TailserveConfig) -> list[dict[str, float]]:
-    """Placement-group bundles of an instance: router, verifier and, if there is one, draft."""
+    """Placement-group bundles of an instance: router, each rank of the verifier and, if there is one, draft."""
     wanted = config.resources
-    result = [
-        _bundle(wanted.router_cpus, 0),
-        _bundle(wanted.verifier_cpus, wanted.verifier_gpus),
-    ]
+    ranks = [_bundle(wanted.verifier_cpus, wanted.verifier_gpus)] * config.tensor_parallel_size
+    result = [_bundle(wanted.router_cpus, 0), *ranks]
     if config.drafts:
         result.append(_bundle(wanted.draft_cpus, wanted.draft_gpus))
     return result
+
+
+def draft_bundle(config: TailserveConfig) -> int:
+    """The number of the draft's bundle."""
+    return VERIFIER_BUNDLE + config.tensor_parallel_size
 
 
 def verifier_actor_options(config: TailserveConfig) -> dict[str, float]:

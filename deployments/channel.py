@@ -96,12 +96,12 @@ class Inlet(Generic[Incoming]):
 def serve_channel(
     endpoint: str,
     incoming: type[Incoming],
-    handler: Callable[[Incoming], Outgoing],
+    handler: Callable[[Incoming], Outgoing | None],
     *,
     alive: Callable[[], bool],
     inlet: Inlet[Any] | None = None,
 ) -> None:
-    """Answers messages while `alive()`, and takes what comes by `inlet` as it comes.
+    """Answers messages while `alive()`, unless with None, and takes what comes by `inlet` as it comes.
 
     What a handler raises is raised: the state behind it is in doubt.
     """
@@ -116,6 +116,8 @@ def serve_channel(
             if inlet is not None and inlet.socket in ready:
                 inlet.take()
             elif channel.socket in ready and (message := channel.receive(0.0)) is not None:
-                channel.send(handler(message))
+                answer = handler(message)
+                if answer is not None:
+                    channel.send(answer)
     finally:
         channel.close()

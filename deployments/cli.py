@@ -42,6 +42,7 @@ _FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--max-mixed-tokens", {"help": "the same while others generate (default: 48 on CPUs)", "type": int}),
     ("--num-kv-blocks", {"help": "KV blocks of the verifier (default: from the memory that is free)", "type": int}),
     ("--kv-offloading-size", {"help": "GiB of host memory for sessions' KV (default: none)", "type": float}),
+    ("--tensor-parallel-size", {"help": "processes, each on a GPU, that share the verifier's layers", "type": int}),
     ("--gpu-memory-utilization", {"help": "share of a GPU's memory to use, 0 to 1", "type": float}),
     ("--served-model-name", {"help": "the name clients use"}),
     ("--cpu-threads", {"help": "threads of the verifier (default: all cores)", "type": int}),

@@ -184,15 +184,15 @@ class RouterClient:
             return
         del self._attempts[waiting.attempt.id]
         waiting.carry()
-        self._spawn(self._carry_on(waiting))
+        self._spawn(self._carry_on(waiting, why))
 
-    async def _carry_on(self, waiting: OpenRequest) -> None:
+    async def _carry_on(self, waiting: OpenRequest, why: str) -> None:
         try:
             await self._place(waiting, self._timeouts.carry_s)
         except Exception as error:  # noqa: BLE001 (whatever it is, the request must end)
             if self._open.get(waiting.request.id) is waiting:
                 self._forget(waiting)
-                waiting.fail(f"its instance was lost, and no other took it: {error}")
+                waiting.fail(f"{why}; no other took it over: {error}")
 
     async def _abort(self, request_ids: list[str], instance: str) -> None:
         try:

@@ -23,6 +23,7 @@ from tailserve.deployments.draft_kinds import plan_draft
 from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.loop import EngineLoop
 from tailserve.deployments.models import resolve_model
+from tailserve.deployments.process import ModelProcess
 from tailserve.deployments.streams import ORPHAN_S, Outboxes
 from tailserve.deployments.verifier import VerifierExecutor
 from tailserve.engine.config import EngineConfig
@@ -68,14 +69,14 @@ class Router:
         self._executor = VerifierExecutor(
             plan.verifier,
             directory=self._directory,
-            bundle_index=placement.VERIFIER_BUNDLE,
+            first_bundle=placement.VERIFIER_BUNDLE,
             actor_options=placement.verifier_actor_options(config),
             load_timeout_s=config.timeouts.load_s,
             step_timeout_s=config.timeouts.step_s,
         )
         self._info = self._executor.start()
         # A restarted verifier must have the blocks that the scheduler counts on.
-        self._executor.process.load_options = msgspec.structs.replace(
+        self._executor.load_options = msgspec.structs.replace(
             plan.verifier, load=msgspec.structs.replace(plan.verifier.load, num_blocks=self._info.num_blocks)
         )
         self._draft = None if plan.draft is None else self._start_draft(plan.draft)
@@ -88,7 +89,7 @@ class Router:
         link = DraftLink(
             msgspec.structs.replace(options, verifier_num_blocks=self._info.num_blocks),
             directory=self._directory,
-            bundle_index=placement.DRAFT_BUNDLE,
+            bundle_index=placement.draft_bundle(config),
             actor_options=placement.draft_actor_options(config),
             load_timeout_s=config.timeouts.load_s,
             hang_s=config.timeouts.draft_hang_s,
@@ -145,7 +146,9 @@ class Router:
 
     async def processes(self) -> dict[str, int]:
         """Process ids of the model processes, by name."""
-        wanted = [self._executor.process] + ([self._draft.process] if self._draft else [])
+        wanted: list[ModelProcess[Any, Any]] = [*self._executor.processes]
+        if self._draft is not None:
+            wanted.append(self._draft.process)
         return {process.name: await asyncio.to_thread(process.pid) for process in wanted}
 
     async def check_idle_integrity(self, timeout_s: float) -> str | None:
@@ -204,6 +207,7 @@ def load_options(config: TailserveConfig) -> LoadOptions:
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_num_seqs=config.max_num_seqs,
         num_threads=config.cpu_threads,
+        tensor_parallel_size=config.tensor_parallel_size,
     )
 
 

@@ -1,16 +1,20 @@
-"""The verifier: an actor that holds the large model, and the router's executor in front of it."""
+"""The verifier: an actor that holds the large model, or one for each rank of it, and the router's executor in front."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
+from msgspec.structs import replace
 
 from tailserve.deployments.channel import Outlet
 from tailserve.deployments.process import ModelActor, ModelProcess
@@ -18,6 +22,9 @@ from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import StateMessage
 from tailserve.engine.types import Batch, ModelInfo, StepResult
+
+if TYPE_CHECKING:
+    from tailserve.engine.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +49,11 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
 
     incoming = Batch
 
-    def prepare(self, options: VerifierOptions) -> tuple[ModelInfo, Callable[[Batch], StepResult]]:
-        """Loads the model and says what the scheduler needs to know of it. Raises what `load_model` raises."""
+    def prepare(self, options: VerifierOptions) -> tuple[ModelInfo, Callable[[Batch], StepResult | None]]:
+        """Loads the model and says what the scheduler needs to know of it. Raises what `load_model` raises.
+
+        All ranks run all batches; the first answers.
+        """
         # The router that defines this actor imports no torch.
         from tailserve.engine.model.loading import load_model
         from tailserve.engine.model.profile import profile_steps
@@ -51,10 +61,10 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
 
         model, info = load_model(options.load)
         publish = None
-        if options.feature_layers:
+        if options.feature_layers and options.load.rank == 0:
             model.tap(options.feature_layers)
             publish = Outlet[StateMessage](options.states_endpoint).send
-        info = msgspec.structs.replace(info, step_profile=profile_steps(model))
+        info = replace(info, step_profile=profile_steps(model))
         runner = ModelRunner(
             model,
             publish,
@@ -62,53 +72,79 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
             num_blocks=info.num_blocks,
             num_host_blocks=info.num_host_blocks,
         )
-        return info, runner.run
+        return info, runner.run if options.load.rank == 0 else partial(_run_silently, runner)
+
+
+def _run_silently(runner: ModelRunner, batch: Batch) -> None:
+    runner.run(batch)
 
 
 class VerifierExecutor:
-    """`tailserve.engine.engine.Executor` over a verifier process."""
+    """`tailserve.engine.engine.Executor` over the verifier's processes: one for each rank.
+
+    Where one of them dies all are started anew: the others wait for it inside of a step.
+    """
 
     def __init__(
         self,
         options: VerifierOptions,
         *,
         directory: Path,
-        bundle_index: int = 1,
+        first_bundle: int = 1,
         actor_options: dict[str, Any],
         load_timeout_s: float,
         step_timeout_s: float,
         max_restarts: int = 3,
     ) -> None:
-        self.process: ModelProcess[Batch, StepResult] = ModelProcess(
-            "verifier",
-            VerifierActor,
-            load_options=options,
-            incoming=StepResult,
-            directory=directory,
-            bundle_index=bundle_index,
-            actor_options=actor_options,
-            load_timeout_s=load_timeout_s,
-        )
+        self.load_options = options
+        """What the next start loads, at each rank with its number."""
+        self._directory = directory
+        self.processes: list[ModelProcess[Batch, StepResult]] = [
+            ModelProcess(
+                f"verifier-{rank}" if rank else "verifier",
+                VerifierActor,
+                load_options=options,
+                incoming=StepResult,
+                directory=directory,
+                bundle_index=first_bundle + rank,
+                actor_options=actor_options,
+                load_timeout_s=load_timeout_s,
+            )
+            for rank in range(options.load.tensor_parallel_size)
+        ]
         self._step_timeout_s = step_timeout_s
         self._max_restarts = max_restarts
         self._waiting_since: float | None = None
         """Since when the oldest step has been waited for."""
 
     def start(self) -> ModelInfo:
-        info: ModelInfo = self.process.start()
-        return info
+        """Starts all ranks. Raises what `ModelProcess.start` raises at the first of them that does."""
+        meeting = str(self._directory / f"ranks-{uuid.uuid4().hex}")
+        for rank, process in enumerate(self.processes):
+            load = replace(self.load_options.load, rank=rank, rendezvous=meeting)
+            process.load_options = replace(self.load_options, load=load)
+        with ThreadPoolExecutor(len(self.processes)) as threads:
+            starts: list[Future[ModelInfo]] = [threads.submit(process.start) for process in self.processes]
+            done, _ = wait(starts, return_when=FIRST_EXCEPTION)
+            failure = next((error for start in done if (error := start.exception()) is not None), None)
+            if failure is not None:
+                # The others wait for it.
+                self.stop()
+                raise failure
+        return starts[0].result()
 
     @property
     def lost(self) -> bool:
-        return self.process.ended
+        return any(process.ended for process in self.processes)
 
     def submit(self, batch: Batch) -> None:
-        channel = self.process.channel
-        if channel is None or self.process.ended or not channel.send(batch):
-            raise ExecutorLostError("the verifier process ended between two steps")
+        for process in self.processes:
+            channel = process.channel
+            if channel is None or process.ended or not channel.send(batch):
+                raise ExecutorLostError(f"the {process.name} process ended between two steps")
 
     def poll(self, timeout_s: float | None = None) -> StepResult | None:
-        channel = self.process.channel
+        channel = self.processes[0].channel
         assert channel is not None
         now = time.monotonic()
         if self._waiting_since is None:
@@ -116,8 +152,8 @@ class VerifierExecutor:
         until = math.inf if timeout_s is None else now + timeout_s
         while (result := channel.receive(max(min(POLL_S, until - now), 0.0))) is None:
             now = time.monotonic()
-            if self.process.ended:
-                raise ExecutorLostError("the verifier process ended in a step")
+            if self.lost:
+                raise ExecutorLostError("a verifier process ended in a step")
             if now - self._waiting_since > self._step_timeout_s:
                 raise ExecutorLostError(f"the verifier did not answer within {self._step_timeout_s:g} s")
             if now >= until:
@@ -128,9 +164,9 @@ class VerifierExecutor:
     def restart(self) -> None:
         self._waiting_since = None
         for attempt in range(1, self._max_restarts + 1):
-            self.process.kill()
+            self.stop()
             try:
-                self.process.start()
+                self.start()
             except (ray.exceptions.RayError, ExecutorLostError) as error:
                 logger.error("restart %d of %d of the verifier failed: %s", attempt, self._max_restarts, error)
             else:
@@ -138,4 +174,5 @@ class VerifierExecutor:
         raise ExecutorLostError(f"the verifier could not be restarted in {self._max_restarts} attempts")
 
     def stop(self) -> None:
-        self.process.kill()
+        for process in self.processes:
+            process.kill()

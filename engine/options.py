@@ -38,7 +38,13 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Share of a GPU's memory that weights and KV may take together."""
     max_num_seqs: int = 64
     num_threads: int | None = None
-    """CPU threads; None: all cores."""
+    """CPU threads; None: all cores, shared by the ranks."""
+    tensor_parallel_size: int = 1
+    """Processes that the model is spread over; see `tailserve.engine.model.parallel`."""
+    rank: int = 0
+    """This one's number."""
+    rendezvous: str = ""
+    """A path that does not exist yet, where the ranks meet."""
     noise: float = 0.0
     """Standard deviation, relative to each weight's own, of noise added to the weights: a stand-in for a draft that
     agrees some of the time."""

@@ -56,6 +56,8 @@ def wants_compiled(model: PreTrainedModel, options: LoadOptions) -> bool:
 
     ConfigError where they ask for what cannot be.
     """
+    if options.tensor_parallel_size > 1:
+        return False
     wanted, int8 = options.attention_backend, options.quantization == "int8"
     if int8 and not HAS_INT8_DOT:
         raise ConfigError("quantization='int8' needs a CPU with AVX512-VNNI: use none", param="quantization")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tailserve.engine.errors import ConfigError, UnsupportedModelError
-from tailserve.engine.model import attention
+from tailserve.engine.model import attention, parallel
 from tailserve.engine.model.attention import AttentionBackend, KVCache
 from tailserve.engine.model.compiled import DecoderSettings, compile_model, is_cached, wants_compiled
 from tailserve.engine.model.cpu import CpuBackend
@@ -36,16 +36,20 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     if device.type == "cpu":
         # OpenMP keeps this for each thread: the thread that loads a model is the one to run it. A Ray actor starts with
         # OMP_NUM_THREADS by its logical CPUs, which say nothing about the machine.
-        torch.set_num_threads(options.num_threads or os.cpu_count() or 1)
+        share = max((os.cpu_count() or 1) // options.tensor_parallel_size, 1)
+        torch.set_num_threads(options.num_threads or share)
     config = AutoConfig.from_pretrained(options.path)
     text = config.get_text_config(decoder=True)
     max_model_len = _max_model_len(options, text)
     refuse_unsupported(config, max_model_len)
+    size = options.tensor_parallel_size
+    parallel.check(config, text, size)
+    parallel.join(options, device)
     dtype = resolve_dtype(options, text)
     model = read_model(options, dtype, device)
-    layers, kv_heads, head_dim = _kv_shape(text)
+    layers, kv_heads, head_dim = _kv_shape(text, size)
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
-    num_blocks = options.num_blocks or num_kv_blocks(options, device, per_token, max_model_len)
+    num_blocks = options.num_blocks or parallel.smallest(num_kv_blocks(options, device, per_token, max_model_len), size)
     expected = eager_logits(model)
     num_laid_out, num_blocks = num_blocks, num_blocks + options.num_spare_blocks
     settings = DecoderSettings.of(options, num_blocks, max_model_len)
@@ -92,9 +96,12 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
 
 def read_model(options: LoadOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The checkpoint as transformers loads it, for inference."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(options.path, dtype=dtype, attn_implementation="eager")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        options.path, dtype=dtype, attn_implementation="eager", **parallel.loading_arguments(options)
+    )
     model.eval()  # type: ignore[no-untyped-call]
-    model.to(device)  # type: ignore[arg-type]
+    if options.tensor_parallel_size == 1:
+        model.to(device)  # type: ignore[arg-type]
     model.requires_grad_(False)
     if options.noise:
         _add_noise(model, options.noise)
@@ -102,7 +109,7 @@ def read_model(options: LoadOptions, dtype: torch.dtype, device: torch.device) -
 
 
 def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int) -> TransformersModel:
-    layers, kv_heads, head_dim = _kv_shape(model.config.get_text_config(decoder=True))
+    layers, kv_heads, head_dim = _kv_shape(model.config.get_text_config(decoder=True), options.tensor_parallel_size)
     backend = choose_backend(options, model.device, model.dtype)
     on_cuda = backend.name == "cuda"
     cache = KVCache(
@@ -115,7 +122,7 @@ def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int, 
         device=model.device,
     )
     model.set_attn_implementation(attention.NAME)
-    if model.device.type == "cpu":
+    if model.device.type == "cpu" and options.tensor_parallel_size == 1:
         prepack(model)
     if not on_cuda:
         return TransformersModel(model, cache, backend)
@@ -185,11 +192,12 @@ def choose_backend(options: LoadOptions, device: torch.device, dtype: torch.dtyp
     raise ConfigError(f"attention_backend={name!r} does not run {dtype} on {device}: use auto", param="attention_backend")
 
 
-def _kv_shape(text: PreTrainedConfig) -> tuple[int, int, int]:
+def _kv_shape(text: PreTrainedConfig, size: int) -> tuple[int, int, int]:
+    """Layers, heads of keys and values at each of `size` ranks, and their width."""
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return text.num_hidden_layers, kv_heads, head_dim
+    return text.num_hidden_layers, kv_heads // size, head_dim
 
 
 def _max_model_len(options: LoadOptions, text: PreTrainedConfig) -> int:

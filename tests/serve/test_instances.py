@@ -6,9 +6,10 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import openai
@@ -22,6 +23,7 @@ from tailserve.deployments.app import build_app
 from tailserve.deployments.models import resolve_model
 
 NAME = "two"
+LENGTH = 120
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +31,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from transformers import LlamaConfig
 
     directory = tmp_path_factory.mktemp("tiny")
-    path = save_model(LlamaConfig(**(TINY | {"vocab_size": 49152})), directory)
+    path = save_model(LlamaConfig(**(TINY | {"vocab_size": 49152, "max_position_embeddings": 1024})), directory)
     shutil.copy(resolve_model(None) / "tokenizer.json", directory)
     return path
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: int, model: str) -> Iterator[str]:
-    config: dict[str, Any] = {
+def config(model: str) -> dict[str, Any]:
+    return {
         "model": model,
         "dtype": "float32",
         "served_model_name": "tiny",
@@ -45,12 +47,25 @@ def url(ray_cluster: int, model: str) -> Iterator[str]:
         "speculation": 4,
         "num_instances": 2,
         "cpu_threads": 1,
-        "max_num_seqs": 4,
-        "timeouts": {"draft_s": 1.0},
+        "max_num_seqs": 16,
+        "timeouts": {"draft_s": 1.0, "silence_s": 5.0, "drain_s": 2.0},
+        # All slots may be taken, however slow the machine.
+        "slo_classes": [{"name": "normal", "priority": 10, "ttft_s": 60.0, "tpot_s": 5.0}],
+        "urgent_class": "normal",
+        "service_tiers": {},
+        "default_class": "normal",
     }
-    serve.run(build_app(parse_config(config)), name=NAME, route_prefix=f"/{NAME}")
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: int, config: dict[str, Any]) -> Iterator[str]:
+    _deploy(config)
     yield f"http://127.0.0.1:{ray_cluster}/{NAME}"
     serve.delete(NAME)
+
+
+def _deploy(config: dict[str, Any]) -> None:
+    serve.run(build_app(parse_config(config)), name=NAME, route_prefix=f"/{NAME}")
 
 
 async def test_both_instances_answer_and_the_draft_model_agrees_some_of_the_time(url: str, model: str) -> None:
@@ -92,20 +107,104 @@ async def test_a_session_finds_its_blocks_whichever_instance_has_them(url: str) 
     assert min(hits.values()) > 0
 
 
-async def test_a_session_goes_on_elsewhere_when_its_instance_is_killed(url: str) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+async def test_streams_of_an_instance_that_falls_silent_go_on_elsewhere(url: str) -> None:
+    async with Streams(url) as streams:
+        await streams.begin()
+        victim = max((await _instances()).values(), key=lambda status: status["load"]["num_running"])
+        os.kill(victim["pid"], signal.SIGSTOP)
+        try:
+            await streams.check()
+        finally:
+            os.kill(victim["pid"], signal.SIGCONT)
+    print(f"silent: the longest pause of 16 streams was {1000 * streams.longest_pause:.0f} ms")
+
+
+async def test_streams_and_sessions_of_an_instance_that_is_killed_go_on_elsewhere(url: str) -> None:
+    async with Streams(url) as streams, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
         before = {name: status["stats"]["prompt_tokens"] for name, status in (await _instances()).items()}
         chat = await Chat(client, "a session").hold(2)
         homes = [name for name, status in (await _instances()).items() if status["stats"]["prompt_tokens"] > before[name]]
         assert len(homes) == 1
-        os.kill((await _instances())[homes[0]]["pid"], signal.SIGKILL)
+        await streams.begin()
+        victim = (await _instances())[homes[0]]
+        assert victim["load"]["num_running"] >= 4
+        os.kill(victim["pid"], signal.SIGKILL)
+        await streams.check()
         await chat.hold(2)
         alone = await Chat(client, None).hold(4)
+    print(f"killed: the longest pause of 16 streams was {1000 * streams.longest_pause:.0f} ms")
     assert chat.text == alone.text
     cached = [cached for _, cached in chat.seen]
     assert cached[1] > 0, "its instance had it"
     assert cached[2] == 0, "the other did not"
     assert cached[3] > 0, "and now it has"
+
+
+async def test_streams_of_an_instance_that_is_removed_go_on_elsewhere(url: str, config: dict[str, Any]) -> None:
+    async with Streams(url) as streams:
+        await streams.begin()
+        await asyncio.to_thread(_deploy, config | {"num_instances": 1})
+        await streams.check()
+    assert len(await _instances(1)) == 1
+    print(f"removed: the longest pause of 16 streams was {1000 * streams.longest_pause:.0f} ms")
+
+
+class Streams:
+    """Sixteen streams at once."""
+
+    undisturbed: ClassVar[list[tuple[str, int]]] = []
+    """What they are when nothing disturbs them."""
+
+    def __init__(self, url: str) -> None:
+        self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0, timeout=120)
+        self._tasks: list[asyncio.Task[tuple[str, int]]] = []
+        self._begun = 0
+        self.longest_pause = 0.0
+
+    async def __aenter__(self) -> Streams:
+        await _instances()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._client.close()
+
+    async def begin(self) -> None:
+        """Returns when all of them have begun."""
+        if not self.undisturbed:
+            self.undisturbed.extend(await asyncio.gather(*map(self._answer, range(16))))
+        self.longest_pause, self._begun = 0.0, 0
+        self._tasks = [asyncio.create_task(self._answer(number)) for number in range(16)]
+        while self._begun < 16:
+            await asyncio.sleep(0.01)
+        assert not any(task.done() for task in self._tasks)
+
+    async def check(self) -> None:
+        """They end as they would have ended anyway."""
+        assert await asyncio.gather(*self._tasks) == self.undisturbed
+
+    async def _answer(self, number: int) -> tuple[str, int]:
+        """The text, and the tokens that the usage counts. Two of them are drawn by chance, with penalties."""
+        chance = {"temperature": 0.8, "seed": number, "frequency_penalty": 0.5} if number % 8 == 1 else {"temperature": 0}
+        stream = await self._client.completions.create(
+            model="tiny",
+            prompt=PROMPTS[number % len(PROMPTS)],
+            max_tokens=LENGTH,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+            **chance,  # type: ignore[arg-type]
+        )
+        text, tokens, last = "", 0, time.monotonic()
+        async for chunk in stream:
+            self._begun += not text
+            self.longest_pause = max(self.longest_pause, time.monotonic() - last)
+            last = time.monotonic()
+            text += chunk.choices[0].text if chunk.choices else ""
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        assert tokens == LENGTH
+        return text, tokens
 
 
 class Chat:
@@ -129,11 +228,11 @@ class Chat:
         return self
 
 
-async def _instances() -> dict[str, Any]:
-    """Both instances' status, by name."""
+async def _instances(count: int = 2) -> dict[str, Any]:
+    """The instances' status, by name."""
     handle = serve.get_deployment_handle("Router", NAME)
     found: dict[str, Any] = {}
-    while len(found) < 2:
+    while len(found) < count:
         status = await handle.status.remote()
         found[status["instance"]] = status
     return found

@@ -151,7 +151,7 @@ async def test_a_request_that_no_instance_takes_over_ends_with_an_error() -> Non
     instances.kill("a")
     chunk = await asyncio.wait_for(queue.get(), 5)
     assert chunk.finish_reason is FinishReason.ERROR
-    assert "no other took it" in (chunk.error or "")
+    assert "it died; no other took it over" in (chunk.error or "")
     client.cancel("r")
 
 

@@ -42,6 +42,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
         ({"max_num_seqs": 600}, "max_num_batched_tokens is 512, below max_num_seqs"),
         ({"speculation": 99}, "use auto, off, or 1 to 32"),
         ({"speculation": "sometimes"}, "speculation"),
+        ({"tensor_parallel_size": 2, "quantization": "int8"}, "tensor_parallel_size is above 1"),
         ({"slo_classes": [{"name": n, "priority": 1, "ttft_s": 1, "tpot_s": 1} for n in "aa"]}, "twice"),
     ],
 )
@@ -99,6 +100,9 @@ def test_bundles() -> None:
     assert placement.bundles(gpu) == [{"CPU": 0.25}, {"CPU": 1.0, "GPU": 1.0}, {"CPU": 0.25, "GPU": 0.5}]
     assert placement.total_cpus(gpu) == 3.25
     assert len(placement.bundles(parse_config({"draft_model": "none"}))) == 2
+    spread = parse_config({"tensor_parallel_size": 2, "resources": {"verifier_gpus": 1, "draft_gpus": 0.5}})
+    assert [bundle.get("GPU") for bundle in placement.bundles(spread)] == [None, 1.0, 1.0, 0.5]
+    assert placement.draft_bundle(spread) == 3
 
 
 def test_the_engine_configuration_is_frozen() -> None:

@@ -1,0 +1,93 @@
+"""A model over two ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from harness import PROMPTS
+from ray import serve
+from tiny import TINY, save_model
+
+from tailserve.cluster.config import parse_config
+from tailserve.deployments.app import build_app
+from tailserve.deployments.models import resolve_model
+
+NAME = "ranks"
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from transformers import LlamaConfig
+
+    directory = tmp_path_factory.mktemp("tiny")
+    path = save_model(LlamaConfig(**(TINY | {"vocab_size": 49152})), directory)
+    shutil.copy(resolve_model(None) / "tokenizer.json", directory)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: int, model: str) -> Iterator[str]:
+    config: dict[str, Any] = {
+        "model": model,
+        "dtype": "float32",
+        "served_model_name": "tiny",
+        "tensor_parallel_size": 2,
+        "num_kv_blocks": 200,
+        "speculation": 3,
+    }
+    serve.run(build_app(parse_config(config)), name=NAME, route_prefix=f"/{NAME}")
+    yield f"http://127.0.0.1:{ray_cluster}/{NAME}"
+    serve.delete(NAME)
+
+
+async def test_two_ranks_answer_like_one_also_when_one_of_them_dies(url: str, model: str) -> None:
+    expected = await asyncio.to_thread(_by_transformers, model)
+    router = serve.get_deployment_handle("Router", NAME)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+        assert await asyncio.gather(*(_answer(client, prompt) for prompt in PROMPTS)) == expected
+        before = await router.processes.remote()
+        begun = asyncio.Event()
+        tasks = [asyncio.create_task(_answer(client, prompt, begun)) for prompt in PROMPTS]
+        await begun.wait()
+        os.kill(before["verifier-1"], signal.SIGKILL)
+        assert await asyncio.gather(*tasks) == expected
+    after = await router.processes.remote()
+    assert after.keys() == before.keys() == {"verifier", "verifier-1", "draft"}
+    assert after["verifier"] != before["verifier"]
+    assert (await router.status.remote())["stats"]["executor_restarts"] == 1
+
+
+async def _answer(client: openai.AsyncOpenAI, prompt: str, begun: asyncio.Event | None = None) -> str:
+    text = ""
+    stream = await client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=LENGTH, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    async for chunk in stream:
+        text += chunk.choices[0].text
+        if begun is not None:
+            begun.set()
+    return text
+
+
+def _by_transformers(model: str) -> list[str]:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    oracle.generation_config.eos_token_id = None
+    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        tokens = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, do_sample=False)
+        texts.append(tokenizer.decode(tokens[0, ids.shape[1] :].tolist()))
+    return texts
