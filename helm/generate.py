@@ -61,9 +61,9 @@ def _rows(prefix: str, schema: dict[str, Any], values: dict[str, Any]) -> Iterat
         if "properties" in part and name != "config" and isinstance(default, dict):
             yield from _rows(f"{prefix}{name}.", part, default)
         elif name == "workerGroups":
-            group = part["additionalProperties"]
-            yield f"{prefix}{name}", sorted(default), meaning
-            yield from ((f"{prefix}{name}.NAME.{key}", None, row["description"]) for key, row in group["properties"].items())
+            yield name, [group["name"] for group in values[name]], meaning
+            properties = part["items"]["properties"]
+            yield from ((f"{name}[].{key}", values[name][0].get(key), row["description"]) for key, row in properties.items())
         else:
             yield f"{prefix}{name}", default, meaning
 

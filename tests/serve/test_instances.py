@@ -99,11 +99,12 @@ async def test_both_instances_answer_and_the_draft_model_agrees_some_of_the_time
 
 async def test_a_session_finds_its_blocks_whichever_instance_has_them(url: str) -> None:
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
-        chats = await asyncio.gather(*(Chat(client, f"session {number}").hold(5) for number in range(8)))
+        chats = await asyncio.gather(*(Chat(client, f"session {number}").hold(3) for number in range(16)))
     for chat in chats:
         for (before, _), (_, cached) in pairwise(chat.seen):
             assert cached >= before // 16 * 16
     hits = {name: status["stats"]["prefix_cache_hits"] for name, status in (await _instances()).items()}
+    # With a chance of 3 in 100,000 all of them have the same home.
     assert min(hits.values()) > 0
 
 
