@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,21 @@ class Piece:
 
 
 @dataclass
+class Pace:
+    """When a choice's tokens came. Seconds of the monotonic clock."""
+
+    begun_s: float = field(default_factory=time.monotonic)
+    first_s: float | None = None
+    last_s: float = 0.0
+
+    def note(self) -> None:
+        """Tokens came."""
+        self.last_s = time.monotonic()
+        if self.first_s is None:
+            self.first_s = self.last_s
+
+
+@dataclass
 class Choice:
     """One of a response's sequences as it grows."""
 
@@ -44,10 +60,13 @@ class Choice:
     cut: bool = False
     """It ended before its last token."""
     usage: Usage = field(default_factory=Usage)
+    pace: Pace = field(default_factory=Pace)
 
     def take(self, chunk: TokenChunk) -> Piece | None:
         """The piece a chunk adds; None if it adds nothing to show."""
         self.num_tokens += len(chunk.token_ids)
+        if chunk.token_ids:
+            self.pace.note()
         alone = 0 < self.num_tokens <= chunk.usage.prefix_tokens
         final = chunk.finish_reason is not None
         self.usage = chunk.usage
@@ -66,6 +85,18 @@ class Choice:
         if not text and not final and not logprobs:
             return None
         return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason, alone)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the request's arrival to the first token; None without one."""
+        first = self.pace.first_s
+        return None if first is None else first - self.pace.begun_s + self.request.age_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token behind the first."""
+        first = self.pace.first_s
+        return 0.0 if first is None else (self.pace.last_s - first) / max(self.num_tokens - 1, 1)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -121,6 +152,8 @@ class Generation:
         """Called once, when nobody reads any more."""
         self.on_complete: Callable[[Choice], None] | None = None
         """Called with each choice that was read to its end."""
+        self.on_end: Callable[[Choice, FinishReason], None] | None = None
+        """Called with each choice that ended, and why, unless its client left."""
 
     async def start(self) -> None:
         """Places all sequences. If one is refused, none runs."""
@@ -145,10 +178,12 @@ class Generation:
                 if choice.finished:
                     continue
                 if chunk.finish_reason is FinishReason.ERROR:
+                    self._note_end(choice, FinishReason.ERROR)
                     raise InternalError(chunk.error or "the request could not be completed")
                 piece = choice.take(chunk)
                 if choice.finished:
                     open_choices -= 1
+                    self._note_end(choice, chunk.finish_reason or FinishReason.STOP)
                     if chunk.finish_reason is None:
                         self._client.cancel(chunk.request_id)
                     elif not choice.cut and chunk.finish_reason is not FinishReason.ABORT and self.on_complete:
@@ -157,6 +192,10 @@ class Generation:
                     yield piece
         finally:
             self.close()
+
+    def _note_end(self, choice: Choice, reason: FinishReason) -> None:
+        if self.on_end is not None:
+            self.on_end(choice, reason)
 
     def abort(self) -> None:
         """Ends the sequences that still run; the response ends with finish reason "abort"."""

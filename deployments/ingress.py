@@ -21,6 +21,7 @@ from tailserve.deployments.http import create_app
 from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.models import model_name, resolve_model
 from tailserve.deployments.service import Service
+from tailserve.deployments.telemetry import RequestMetrics
 from tailserve.deployments.text import TextModel
 from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.types import ModelInfo
@@ -69,7 +70,9 @@ class Ingress:
         self._calls = ServeCalls(router)
         client = RouterClient(self._calls, parsed.timeouts)
         name = parsed.served_model_name or model_name(parsed.model)
+        counts = RequestMetrics(name, {slo.name: slo for slo in parsed.classes()})
         self._service = Service(parsed, text, client, name)
+        self._service.note_end = counts.note
         keep_collector_out_of_steps()
         self._waiting = asyncio.get_event_loop().create_task(self._wait_for_model())
 

@@ -22,9 +22,10 @@ from tailserve.deployments.draft import DraftLink, DraftOptions
 from tailserve.deployments.draft_kinds import plan_draft
 from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.loop import EngineLoop
-from tailserve.deployments.models import resolve_model
+from tailserve.deployments.models import model_name, resolve_model
 from tailserve.deployments.process import ModelProcess
 from tailserve.deployments.streams import ORPHAN_S, Outboxes
+from tailserve.deployments.telemetry import InstanceMetrics
 from tailserve.deployments.verifier import VerifierExecutor
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.engine import Engine
@@ -60,6 +61,7 @@ class Router:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
         keep_collector_out_of_steps()
+        self._metrics = InstanceMetrics(self._config.served_model_name or model_name(self._config.model))
         self._sweeper = asyncio.create_task(self._sweep())
 
     def _start(self) -> None:
@@ -187,6 +189,7 @@ class Router:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(ORPHAN_S / 2)
+            self._metrics.note(self._engine.gauges())
             for ingress in self._outboxes.orphans():
                 logger.warning("ingress %s is gone; its requests end", ingress)
                 self._loop.abort_ingress(ingress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -24,7 +24,7 @@ from tailserve.deployments.text import TextModel
 from tailserve.deployments.turns import Turns
 from tailserve.engine.errors import InvalidRequestError, NotFoundError, NotReadyError
 from tailserve.engine.sessions import belongs_to_session, sharing_scope
-from tailserve.engine.types import ModelInfo, Request, SamplingParams
+from tailserve.engine.types import FinishReason, ModelInfo, Request, SamplingParams
 
 MAX_CHOICES = 128
 LONG_TEXT = 8192
@@ -46,6 +46,8 @@ class Service:
         self._turns = Turns()
         self._splits = text.reads_in_parts()
         self._public = PublicPrefixes(text, config.public_prefixes)
+        self.note_end: Callable[[Choice, FinishReason], None] | None = None
+        """See `Generation.on_end`."""
         self.gate = Gate(config.tenants, num_ingresses=config.num_ingresses)
         self.model = model
         self.model_info: ModelInfo | None = None
@@ -126,6 +128,7 @@ class Service:
             early_stop=self._early_stop(body, slo_class),
             show_logprobs=body.top_logprobs_count() is not None,
         )
+        generation.on_end = self.note_end
         if text is not None and scope is not None and self._splits:
             generation.on_complete = lambda choice: self._remember(scope, text, choice)
         return request_id, generation

@@ -1,4 +1,4 @@
-"""Writes what of the chart is made from something else: the schema of `config`, and the table of values in its README.
+"""Writes what of the chart is made from something else: the schema of `config`, the table of values, and the dashboard.
 
 Run: python helm/generate.py [--check]
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from dashboard import dashboard
 
 from tailserve.cluster.config import TailserveConfig
 
@@ -76,6 +77,7 @@ def generated() -> dict[Path, str]:
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
     return {
         CHART / "values.schema.json": json.dumps(whole, indent=2) + "\n",
+        CHART / "dashboards" / "tailserve.json": json.dumps(dashboard(), indent=2) + "\n",
         CHART / "README.md": before + BEGIN + "".join(table(whole, values)) + END + after,
     }
 

@@ -163,6 +163,15 @@ def test_what_changes_no_pod_starts_no_new_cluster(tmp_path: Path) -> None:
         assert render("gpu", value).cluster != before
 
 
+def test_more_instances_start_none_anew() -> None:
+    before, after = (render("cpu", f"config.num_instances={count}").serve_config["applications"][0] for count in (2, 3))
+    assert before["args"] == after["args"]
+    assert after["deployments"] == [{"name": "Router", "num_replicas": 3}]
+    (scaled,) = render("gpu").serve_config["applications"]
+    assert "deployments" not in scaled
+    assert scaled["args"]["autoscaling"]["max_instances"] == 4
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_names_are_short_enough_for_kuberay(example: str) -> None:
     name = render(example, 'fullnameOverride="' + "x" * 40 + '"').objects

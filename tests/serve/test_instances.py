@@ -23,7 +23,7 @@ from tailserve.deployments.app import build_app
 from tailserve.deployments.models import resolve_model
 
 NAME = "two"
-LENGTH = 120
+LENGTH = 40
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def config(model: str) -> dict[str, Any]:
         "num_instances": 2,
         "cpu_threads": 1,
         "max_num_seqs": 16,
-        "timeouts": {"draft_s": 1.0, "silence_s": 5.0, "drain_s": 2.0},
+        "timeouts": {"draft_s": 1.0, "silence_s": 5.0},
         # All slots may be taken, however slow the machine.
         "slo_classes": [{"name": "normal", "priority": 10, "ttft_s": 60.0, "tpot_s": 5.0}],
         "urgent_class": "normal",
@@ -59,13 +59,9 @@ def config(model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: int, config: dict[str, Any]) -> Iterator[str]:
-    _deploy(config)
+    serve.run(build_app(parse_config(config)), name=NAME, route_prefix=f"/{NAME}")
     yield f"http://127.0.0.1:{ray_cluster}/{NAME}"
     serve.delete(NAME)
-
-
-def _deploy(config: dict[str, Any]) -> None:
-    serve.run(build_app(parse_config(config)), name=NAME, route_prefix=f"/{NAME}")
 
 
 async def test_both_instances_answer_and_the_draft_model_agrees_some_of_the_time(url: str, model: str) -> None:
@@ -108,18 +104,6 @@ async def test_a_session_finds_its_blocks_whichever_instance_has_them(url: str) 
     assert min(hits.values()) > 0
 
 
-async def test_streams_of_an_instance_that_falls_silent_go_on_elsewhere(url: str) -> None:
-    async with Streams(url) as streams:
-        await streams.begin()
-        victim = max((await _instances()).values(), key=lambda status: status["load"]["num_running"])
-        os.kill(victim["pid"], signal.SIGSTOP)
-        try:
-            await streams.check()
-        finally:
-            os.kill(victim["pid"], signal.SIGCONT)
-    print(f"silent: the longest pause of 16 streams was {1000 * streams.longest_pause:.0f} ms")
-
-
 async def test_streams_and_sessions_of_an_instance_that_is_killed_go_on_elsewhere(url: str) -> None:
     async with Streams(url) as streams, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
         before = {name: status["stats"]["prompt_tokens"] for name, status in (await _instances()).items()}
@@ -141,13 +125,17 @@ async def test_streams_and_sessions_of_an_instance_that_is_killed_go_on_elsewher
     assert cached[3] > 0, "and now it has"
 
 
-async def test_streams_of_an_instance_that_is_removed_go_on_elsewhere(url: str, config: dict[str, Any]) -> None:
+@pytest.mark.slow
+async def test_streams_of_an_instance_that_falls_silent_go_on_elsewhere(url: str) -> None:
     async with Streams(url) as streams:
         await streams.begin()
-        await asyncio.to_thread(_deploy, config | {"num_instances": 1})
-        await streams.check()
-    assert len(await _instances(1)) == 1
-    print(f"removed: the longest pause of 16 streams was {1000 * streams.longest_pause:.0f} ms")
+        victim = max((await _instances()).values(), key=lambda status: status["load"]["num_running"])
+        os.kill(victim["pid"], signal.SIGSTOP)
+        try:
+            await streams.check()
+        finally:
+            os.kill(victim["pid"], signal.SIGCONT)
+    print(f"silent: the longest pause of 16 streams was {1000 * streams.longest_pause:.0f} ms")
 
 
 class Streams:
@@ -186,8 +174,8 @@ class Streams:
         assert await asyncio.gather(*self._tasks) == self.undisturbed
 
     async def _answer(self, number: int) -> tuple[str, int]:
-        """The text, and the tokens that the usage counts. Two of them are drawn by chance, with penalties."""
-        chance = {"temperature": 0.8, "seed": number, "frequency_penalty": 0.5} if number % 8 == 1 else {"temperature": 0}
+        """The text, and the tokens that the usage counts. One is drawn by chance, with penalties."""
+        chance = {"temperature": 0.8, "seed": number, "frequency_penalty": 0.5} if number == 1 else {"temperature": 0}
         stream = await self._client.completions.create(
             model="tiny",
             prompt=PROMPTS[number % len(PROMPTS)],
@@ -229,11 +217,11 @@ class Chat:
         return self
 
 
-async def _instances(count: int = 2) -> dict[str, Any]:
-    """The instances' status, by name."""
+async def _instances() -> dict[str, Any]:
+    """Both instances' status, by name."""
     handle = serve.get_deployment_handle("Router", NAME)
     found: dict[str, Any] = {}
-    while len(found) < count:
+    while len(found) < 2:
         status = await handle.status.remote()
         found[status["instance"]] = status
     return found

@@ -66,9 +66,15 @@ annotations:
 {{- default (printf "%s-models" (include "tailserve.fullname" .)) .Values.modelCache.existingClaim }}
 {{- end }}
 
-{{- /* The configuration of the application, with what the chart knows. */ -}}
+{{- /*
+The configuration of the application, with what the chart knows. Without the number of instances: Serve starts all of them
+anew when an argument of the application changes.
+*/ -}}
 {{- define "tailserve.config" -}}
 {{- $config := deepCopy .Values.config }}
+{{- if not $config.autoscaling }}
+{{- $config = omit $config "num_instances" }}
+{{- end }}
 {{- $timeouts := default dict $config.timeouts }}
 {{- if not (hasKey $timeouts "drain_s") }}
 {{- $_ := set $config "timeouts" (merge (dict "drain_s" .Values.drainSeconds) $timeouts) }}
