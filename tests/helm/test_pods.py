@@ -1,0 +1,187 @@
+"""A rendered release on real Ray: pods as restricted as the chart asks for, with what KubeRay would do to them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from chart import render
+from pods import Pod, bridge, can_make_namespaces
+
+PROMPT = "Once upon a time, in a small village by the sea,"
+VALUES = (
+    'config={"dtype": "float32", "num_kv_blocks": 2000, "cpu_threads": 1, "speculation": "off",'
+    ' "resources": {"router_cpus": 1, "verifier_cpus": 1, "ingress_cpus": 0.5},'
+    ' "timeouts": {"silence_s": 5}, "num_instances": 2}',
+    "drainSeconds=60",
+    'gcsFaultTolerance.backend="rocksdb"',
+)
+
+pytestmark = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, and namespaces")
+
+
+class Release:
+    """The pods of a release, and the call that KubeRay makes."""
+
+    def __init__(self, work: Path) -> None:
+        self._rendered = render("minimal", *VALUES)
+        self._work = work
+        self.head = self.start_head()
+        self.workers = [self.start_worker(number) for number in (3, 4)]
+
+    def start_head(self) -> Pod:
+        state = self._work / "state"
+        state.mkdir(exist_ok=True)
+        group = self._rendered.cluster["headGroupSpec"]
+        # As KubeRay does for rocksdb.
+        env = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(state)}
+        return self._start("head", 2, group, ["--head", "--port=6379"], env)
+
+    def start_worker(self, number: int) -> Pod:
+        (group,) = self._rendered.cluster["workerGroupSpecs"]
+        return self._start(f"w{number}", number, group, ["--address=10.93.0.2:6379", "--num-cpus=3"], {})
+
+    def _start(self, name: str, number: int, group: dict[str, Any], arguments: list[str], env: dict[str, str]) -> Pod:
+        spec = group["template"]["spec"]
+        flags = [f"--{key}={value}" for key, value in group["rayStartParams"].items()]
+        return Pod(name, number, spec, arguments + flags, self._work, **env)
+
+    async def deploy(self) -> None:
+        """What KubeRay's operator does with `serveConfigV2`."""
+        async with httpx.AsyncClient(base_url=f"http://{self.head.ip}:8265") as dashboard:
+            await eventually(lambda: self._put(dashboard), 120)
+            await eventually(lambda: self.is_running(dashboard), 180)
+
+    async def _put(self, dashboard: httpx.AsyncClient) -> bool:
+        answer = await dashboard.put("/api/serve/applications/", json=self._rendered.serve_config)
+        return answer.status_code == 200
+
+    async def is_running(self, dashboard: httpx.AsyncClient) -> bool:
+        applications = (await dashboard.get("/api/serve/applications/")).json()["applications"]
+        return applications.get("tailserve", {}).get("status") == "RUNNING"
+
+    async def replicas(self, deployment: str) -> dict[str, str]:
+        """The node's address of each."""
+        async with httpx.AsyncClient() as http:
+            details = (await http.get(f"http://{self.head.ip}:8265/api/serve/applications/")).json()
+        found = details["applications"]["tailserve"]["deployments"][deployment]["replicas"]
+        return {replica["replica_id"]: replica["node_ip"] for replica in found if replica["state"] == "RUNNING"}
+
+    def stop(self) -> None:
+        for pod in (self.head, *self.workers):
+            pod.kill()
+
+
+async def eventually(holds: Callable[[], Awaitable[bool]], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if await holds():
+                return
+        except (httpx.TransportError, openai.APIError, KeyError):
+            pass
+        assert time.monotonic() < deadline, "not in time"
+        await asyncio.sleep(0.5)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
+    with bridge():
+        release = Release(tmp_path_factory.mktemp("r"))
+        try:
+            yield release
+        finally:
+            release.stop()
+
+
+async def complete(pod: Pod, max_tokens: int, begun: asyncio.Event | None = None) -> str:
+    """A streamed completion through the proxy of a pod."""
+    async with openai.AsyncOpenAI(base_url=f"http://{pod.ip}:8000/v1", api_key="-", max_retries=0, timeout=120) as client:
+        stream = await client.completions.create(
+            model="SmolLM2-135M-Instruct",
+            prompt=PROMPT,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        text = ""
+        async for chunk in stream:
+            text += chunk.choices[0].text
+            if begun is not None:
+                begun.set()
+        return text
+
+
+async def answers(pod: Pod) -> bool:
+    return bool(await complete(pod, 1))
+
+
+async def test_a_release_lives_through_what_happens_to_pods(release: Release) -> None:
+    await release.deploy()
+    first, second = release.workers
+    await eventually(lambda: answers(first), 60)
+    await eventually(lambda: answers(second), 60)
+    expected = await complete(first, 60)
+    routers = await release.replicas("Router")
+    assert sorted(routers.values()) == [first.ip, second.ip], "instances are spread"
+
+    await _lose_the_head(release, expected)
+    assert await release.replicas("Router") == routers, "the same instances as before"
+
+    (home,) = (await release.replicas("Ingress")).values()
+    stays, goes = (first, second) if home == first.ip else (second, first)
+    await _cut_off(goes, stays, expected)
+    await _drain(stays, expected)
+
+
+async def _lose_the_head(release: Release, expected: str) -> None:
+    worker = release.workers[0]
+    streams = await _open(worker, 4)
+    release.head.kill()
+    begin = time.monotonic()
+    short = await complete(worker, 4)
+    assert expected.startswith(short)
+    assert [await complete(worker, 4) for _ in range(19)] == [short] * 19
+    release.head = release.start_head()
+    assert await asyncio.gather(*streams) == [expected] * 4
+    async with httpx.AsyncClient(base_url=f"http://{release.head.ip}:8265") as dashboard:
+        await eventually(lambda: release.is_running(dashboard), 120)
+    print(f"head: 4 streams and 20 requests went on, a new one had the application after {time.monotonic() - begin:.0f} s")
+
+
+async def _cut_off(goes: Pod, stays: Pod, expected: str) -> None:
+    streams = await _open(stays, 12)
+    begin = time.monotonic()
+    goes.cut_off()
+    assert await asyncio.gather(*streams) == [expected] * 12
+    print(f"cut off: 12 streams at two nodes were complete {time.monotonic() - begin:.0f} s after one was out of reach")
+
+
+async def _drain(goes: Pod, expected: str) -> None:
+    streams = await _open(goes, 12)
+    begin = time.monotonic()
+    goes.terminate()
+    async with httpx.AsyncClient() as http:
+        await eventually(lambda: _is_unready(http, goes), 10)
+    unready = time.monotonic() - begin
+    assert await asyncio.gather(*streams) == [expected] * 12
+    print(f"drain: unready after {unready:.1f} s, 12 of 12 streams complete")
+
+
+async def _is_unready(http: httpx.AsyncClient, pod: Pod) -> bool:
+    return (await http.get(f"http://{pod.ip}:8000/-/healthz")).status_code == 503
+
+
+async def _open(pod: Pod, count: int) -> list[asyncio.Task[str]]:
+    """Streams that have begun."""
+    begun = [asyncio.Event() for _ in range(count)]
+    tasks = [asyncio.create_task(complete(pod, 60, event)) for event in begun]
+    await asyncio.gather(*(event.wait() for event in begun))
+    return tasks
