@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class InstancePolicy:
-    """Serve calls it in every turn of its control loop. Delays and bounds are Serve's own: see `serve_autoscaling`."""
+    """Serve calls it in every turn of its control loop, and adds the delays and bounds of its own `autoscaling_config`."""
 
     def __init__(self, utilization: float, least: int, least_by_class: dict[str, int]) -> None:
         self._settings: dict[str, Any] = {"utilization": utilization, "least": least, "least_by_class": least_by_class}

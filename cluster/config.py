@@ -179,6 +179,7 @@ class TailserveConfig(_Strict):
     timeouts: Timeouts = Timeouts()
     num_instances: int = Field(default=1, ge=1, description="with autoscaling: at first")
     num_ingresses: int = Field(default=1, ge=1)
+    max_open_requests: int = Field(default=8192, ge=1, description="sequences open at one ingress; beyond them 503")
     autoscaling: AutoscalingConfig | None = Field(default=None, description="default: always num_instances")
 
     @model_validator(mode="after")

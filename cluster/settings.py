@@ -21,8 +21,6 @@ SERVE_ENVIRONMENT = {
     # How long a replica that is removed answers on, until every proxy has heard of it. By default whoever presses Ctrl-C
     # waits for 30 s; a proxy hears of it with the next turn of the control loop.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
-    # How often instances say how busy they are, for autoscaling; every 10 s by default, in which first tokens come late.
-    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     # Streams are few and long; threads that spin for more would take them from the model.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
 }

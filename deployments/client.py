@@ -7,7 +7,7 @@ import contextvars
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Protocol
 
 import msgspec
@@ -27,7 +27,11 @@ MOST_CARRIED = 2
 """Instances that a request may lose: one that takes down whoever runs it must end."""
 SUBMIT_ATTEMPTS = 3
 """Instances that may not take a new request before it is refused; Serve hears of a death a moment later."""
+ASK_S = 5.0
+"""How long one of them may think about it: one that is out of reach never answers."""
 RETRY_S = 0.1
+AVOID_S = 30.0
+"""How long an instance that was lost is avoided, unless it is heard of: Serve may think for as long that it lives."""
 
 
 class RouterCalls(Protocol):
@@ -47,9 +51,11 @@ class RouterClient:
     go on at another from the tokens that came: noise is a function of the place, so the text is the same.
     """
 
-    def __init__(self, calls: RouterCalls, timeouts: Timeouts) -> None:
+    def __init__(self, calls: RouterCalls, timeouts: Timeouts, *, max_open: int) -> None:
+        """`max_open`: see `check_room`."""
         self._calls = calls
         self._timeouts = timeouts
+        self._max_open = max_open
         self._ingress = uuid.uuid4().hex
         self._open: dict[str, OpenRequest] = {}
         self._attempts: dict[str, OpenRequest] = {}
@@ -57,45 +63,63 @@ class RouterClient:
         self._homes: dict[str, str] = {}
         """Session to the instance that took its last request, the longest unheard of first."""
         self._readers: dict[str, asyncio.Task[None]] = {}
+        self._lost: dict[str, float] = {}
+        """Instance to when it was lost."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._decoder = msgspec.msgpack.Decoder(StepMessage)
+        self.on_refusal: Callable[[Request, TailserveError], None] | None = None
+        """Called with what no instance took, and why."""
+
+    def check_room(self) -> None:
+        """NotReadyError where `max_open` sequences are open already: each holds its prompt, its tokens and a connection."""
+        if len(self._open) >= self._max_open:
+            raise NotReadyError(
+                f"{len(self._open)} sequences are open here, as many as may be; try again", retry_after_s=1.0
+            )
 
     async def submit(self, request: Request, queue: asyncio.Queue[TokenChunk]) -> None:
         """Places a request; its chunks arrive in `queue`, the last with a finish reason.
 
-        NotReadyError when no instance takes it in time; what the router raises otherwise.
+        NotReadyError when there is no room, or no instance takes it in time; what the router raises otherwise.
         """
+        self.check_room()
         waiting = self._open[request.id] = OpenRequest(request, queue)
         try:
             await self._place(waiting, self._timeouts.submit_s, SUBMIT_ATTEMPTS)
-        except BaseException:
+        except BaseException as error:
             self.cancel(request.id)
+            if isinstance(error, TailserveError) and self.on_refusal is not None:
+                self.on_refusal(request, error)
             raise
 
     async def _place(self, waiting: OpenRequest, timeout_s: float, attempts: int | None = None) -> None:
-        """Asks one instance after the other, without end where `attempts` is None."""
-        until = time.monotonic() + timeout_s
-        self._attempts[waiting.attempt.id] = waiting
-        while True:
+        """Asks one instance after the other, without end where `attempts` is None; until its client has left."""
+        until = time.monotonic() + min(timeout_s, waiting.left_s)
+        while self._open.get(waiting.request.id) is waiting:
+            attempt = waiting.next_attempt()
+            self._attempts[attempt.id] = waiting
             # Whoever waits for it may leave: the call goes on, and what it began is ended.
-            call = self._spawn(self._ask(waiting, waiting.attempt))
+            call = self._spawn(self._ask(waiting, attempt))
             try:
-                await asyncio.wait_for(asyncio.shield(call), max(until - time.monotonic(), 0))
+                await asyncio.wait_for(asyncio.shield(call), max(min(until - time.monotonic(), ASK_S), 0))
             except TimeoutError:
-                raise NotReadyError("no instance took the request in time; try again") from None
-            except NotReadyError:
-                attempts = None if attempts is None else attempts - 1
-                if attempts == 0 or time.monotonic() + RETRY_S > until:
-                    raise
-                await asyncio.sleep(RETRY_S)
+                error = NotReadyError("no instance took the request in time; try again")
+            except NotReadyError as refusal:
+                error = refusal
             else:
                 return
+            self._attempts.pop(attempt.id, None)
+            attempts = None if attempts is None else attempts - 1
+            left = until - time.monotonic()
+            if attempts == 0 or left <= 0:
+                raise error
+            await asyncio.sleep(min(RETRY_S, left))
 
     async def _ask(self, waiting: OpenRequest, attempt: Request) -> None:
         session = attempt.scope if attempt.session_id is not None else None
         last = None if session is None else self._homes.get(session)
         num_tokens = len(attempt.prompt_token_ids) + len(attempt.carried or ())
-        placing = Placing(attempt.slo_class, num_tokens, session, last, frozenset(waiting.lost))
+        placing = Placing(attempt.slo_class, num_tokens, session, last, frozenset(waiting.lost | self._avoided()))
         instance, error = await self._calls.submit(msgspec.msgpack.encode(attempt), self._ingress, placing=placing)
         if error is not None:
             if isinstance(error, NotReadyError):
@@ -112,17 +136,21 @@ class RouterClient:
         else:
             self._spawn(self._abort([attempt.id], instance))
 
+    def _avoided(self) -> set[str]:
+        self._lost = {name: at for name, at in self._lost.items() if time.monotonic() < at + AVOID_S}
+        return set(self._lost)
+
     def cancel(self, request_id: str) -> None:
         """Forgets a request and ends it at its instance. Needs no waiting: what still arrives for it is ended too."""
         gone = self._open.get(request_id)
         if gone is not None:
             self._forget(gone)
             if gone.instance is not None:
-                self._spawn(self._abort([gone.attempt.id], gone.instance))
+                self._spawn(self._abort([gone.attempt_id], gone.instance))
 
     def _forget(self, gone: OpenRequest) -> None:
         del self._open[gone.request.id]
-        self._attempts.pop(gone.attempt.id, None)
+        self._attempts.pop(gone.attempt_id, None)
 
     async def drop_session(self, tenant: str, session_id: str) -> int:
         """Frees what all instances keep of a session. Returns how many KV blocks that were."""
@@ -152,6 +180,7 @@ class RouterClient:
 
     def _dispatch(self, message: StepMessage, instance: str) -> None:
         LOADS.note(instance, message.load, time.monotonic())
+        self._lost.pop(instance, None)
         strays = []
         for chunk in message.chunks:
             waiting = self._attempts.get(chunk.request_id)
@@ -170,10 +199,11 @@ class RouterClient:
 
     def _lose(self, instance: str, why: str) -> None:
         requests = [waiting for waiting in self._open.values() if waiting.instance == instance]
+        self._lost[instance] = time.monotonic()
         logger.warning("instance %s is lost, %d requests of it go on elsewhere: %s", instance, len(requests), why)
         if requests:
             # It may only have been out of reach.
-            self._spawn(self._abort([waiting.attempt.id for waiting in requests], instance))
+            self._spawn(self._abort([waiting.attempt_id for waiting in requests], instance))
         for waiting in requests:
             self._carry(waiting, f"the instance that ran the request is gone: {why}")
 
@@ -182,7 +212,7 @@ class RouterClient:
             self._forget(waiting)
             waiting.fail(f"{why}; {MOST_CARRIED} others before it, too")
             return
-        del self._attempts[waiting.attempt.id]
+        self._attempts.pop(waiting.attempt_id, None)
         waiting.carry()
         self._spawn(self._carry_on(waiting, why))
 

@@ -34,7 +34,7 @@ def find_draft(config: TailserveConfig) -> Path | None:
 def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) -> DraftPlan:
     """`options` are the verifier's; sockets go into `directory`."""
     load = options
-    options = msgspec.structs.replace(options, host_bytes=0)
+    options = msgspec.structs.replace(options, host_bytes=0, tensor_parallel_size=1)
     if config.drafts and config.draft_branches > 1:
         load = msgspec.structs.replace(load, num_spare_blocks=spare_blocks(options.block_size))
     verifier = VerifierOptions(load=load, block_verification=config.verification == "block")

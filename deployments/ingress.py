@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
 
 from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
@@ -38,8 +37,8 @@ class ServeCalls:
     async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]:
         try:
             answer: tuple[str, TailserveError | None] = await self._handle.submit.remote(request, ingress, placing=placing)
-        except RayError as error:
-            # Whether a dead one had taken the request or not, it will not answer it.
+        except Exception as error:
+            # Ray's, gRPC's or Serve's. Whether the instance had taken the request or not, it is asked for no more.
             raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
         return answer
 
@@ -68,11 +67,12 @@ class Ingress:
         parsed = with_tenants_of_file(parse_config(config))
         text = TextModel(resolve_model(parsed.model))
         self._calls = ServeCalls(router)
-        client = RouterClient(self._calls, parsed.timeouts)
+        client = RouterClient(self._calls, parsed.timeouts, max_open=parsed.max_open_requests)
         name = parsed.served_model_name or model_name(parsed.model)
         counts = RequestMetrics(name, {slo.name: slo for slo in parsed.classes()})
         self._service = Service(parsed, text, client, name)
         self._service.note_end = counts.note
+        client.on_refusal = counts.note_refusal
         keep_collector_out_of_steps()
         self._waiting = asyncio.get_event_loop().create_task(self._wait_for_model())
 

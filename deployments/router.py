@@ -131,7 +131,7 @@ class Router:
         return await asyncio.wrap_future(self._loop.drop_session(tenant, session_id))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Serve asks for it twice a second."""
+        """What `InstancePolicy` decides by; Serve asks for it once a second."""
         return self._loop.report()
 
     async def status(self) -> dict[str, Any]:
@@ -279,6 +279,8 @@ def _scale(config: TailserveConfig) -> dict[str, Any]:
             "initial_replicas": config.num_instances,
             "max_replicas": scaling.max_instances,
             "upscale_delay_s": 0.0,
+            # How often instances say how busy they are: every 10 s by default, in which first tokens come late.
+            "metrics_interval_s": 1.0,
             "downscale_delay_s": scaling.downscale_delay_s,
             "policy": {"policy_function": "tailserve.cluster.autoscaling_policy:InstancePolicy", "policy_kwargs": settings},
         }

@@ -12,8 +12,9 @@ from typing import Any
 from ray.serve import metrics
 
 from tailserve.deployments.generation import Choice
+from tailserve.engine.errors import InvalidRequestError, QueueFullError, TailserveError
 from tailserve.engine.stats import EngineGauges
-from tailserve.engine.types import FinishReason, SloClass
+from tailserve.engine.types import FinishReason, Request, SloClass
 
 TTFT_S = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5, 8, 13, 21, 34, 60, 120]
 TPOT_S = [0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2]
@@ -29,12 +30,22 @@ class RequestMetrics:
             "tailserve_slo_attained", "Answers whose first token and pace met their class's targets", labels
         )
         self._missed = metrics.Counter("tailserve_slo_missed", "Answers that missed one of them, or failed", labels)
+        self._refused = metrics.Counter(
+            "tailserve_admission_rejections", "Requests that no instance took", (*labels, "reason")
+        )
         self._ttft = metrics.Histogram(
             "tailserve_time_to_first_token_seconds", "From a request's arrival to its first token", TTFT_S, labels
         )
         self._tpot = metrics.Histogram(
             "tailserve_request_time_per_output_token_seconds", "Of an answer, behind its first token", TPOT_S, labels
         )
+
+    def note_refusal(self, request: Request, error: TailserveError) -> None:
+        """No instance took a request. Where that is no fault of its class being full, it missed its targets."""
+        labels = self._labels(request.slo_class)
+        self._refused.inc(1, labels | {"reason": error.code})
+        if not isinstance(error, QueueFullError | InvalidRequestError):
+            self._missed.inc(1, labels)
 
     def note(self, choice: Choice, reason: FinishReason) -> None:
         """A choice ended. One that its client gave up says nothing."""

@@ -32,12 +32,12 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     Raises ConfigError for options that cannot work and UnsupportedModelError for models that would be silently wrong in a
     packed batch.
     """
+    options = parallel.share(options)
     device = resolve_device(options.device)
     if device.type == "cpu":
         # OpenMP keeps this for each thread: the thread that loads a model is the one to run it. A Ray actor starts with
         # OMP_NUM_THREADS by its logical CPUs, which say nothing about the machine.
-        share = max((os.cpu_count() or 1) // options.tensor_parallel_size, 1)
-        torch.set_num_threads(options.num_threads or share)
+        torch.set_num_threads(options.num_threads or os.cpu_count() or 1)
     config = AutoConfig.from_pretrained(options.path)
     text = config.get_text_config(decoder=True)
     max_model_len = _max_model_len(options, text)

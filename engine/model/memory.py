@@ -35,7 +35,7 @@ def num_kv_blocks(options: LoadOptions, device: torch.device, bytes_per_token: i
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * options.gpu_memory_utilization) - (total - free)
     else:
-        budget = int(free_host_memory() * CPU_SHARE)
+        budget = int(free_host_memory() * CPU_SHARE) // options.tensor_parallel_size
     longest = math.ceil(max_model_len / options.block_size)
     fitting = budget // (bytes_per_token * options.block_size) - options.num_spare_blocks
     return min(max(fitting, longest), options.max_num_seqs * longest)

@@ -12,13 +12,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
 from transformers import PreTrainedConfig
 
 from tailserve.engine.errors import ConfigError, UnsupportedModelError
 from tailserve.engine.options import LoadOptions
 
-RENDEZVOUS_S = 120.0
-"""How long a rank waits for the others to come, or to answer."""
+PATIENCE = timedelta(hours=2)
+"""How long a rank waits for the others, one of which may have to fetch its weights; transformers' own choice. The router
+notices much sooner when one is dead or hangs."""
+
+
+def share(options: LoadOptions) -> LoadOptions:
+    """What is an instance's, dealt out to its ranks."""
+    size = options.tensor_parallel_size
+    if size == 1:
+        return options
+    threads = options.num_threads or max((os.cpu_count() or 1) // size, 1)
+    return replace(options, num_threads=threads, host_bytes=options.host_bytes // size)
 
 
 def join(options: LoadOptions, device: torch.device) -> None:
@@ -33,7 +44,7 @@ def join(options: LoadOptions, device: torch.device) -> None:
         init_method=f"file://{options.rendezvous}",
         rank=options.rank,
         world_size=options.tensor_parallel_size,
-        timeout=timedelta(seconds=RENDEZVOUS_S),
+        timeout=PATIENCE,
     )
 
 

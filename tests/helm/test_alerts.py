@@ -12,7 +12,7 @@ import pytest
 import yaml
 from chart import CHART, ROOT, render, tool
 
-LABELS = '{model_name="m", slo_class="critical"}'
+OWN = {"release": "llm", "namespace": "serving", "model_name": "m", "slo_class": "critical"}
 
 
 @pytest.fixture
@@ -49,15 +49,16 @@ def test_alerts_fire_when_error_budgets_burn(
     rules: Path, missed: str, attained: str, minutes: int, fires: list[str]
 ) -> None:
     series = [
-        {"series": f"ray_tailserve_slo_{name}_total{LABELS}", "values": values}
+        {"series": f"ray_tailserve_slo_{name}_total{_labels(OWN)}", "values": values}
         for name, values in (("missed", missed), ("attained", attained))
     ]
-    labels = {"model_name": "m", "slo_class": "critical"}
+    # Another release has the same model, and does badly.
+    series.append({"series": f"ray_tailserve_slo_missed_total{_labels(OWN | {'release': 'staging'})}", "values": "0+9x500"})
     expected = [
         {
             "eval_time": f"{minutes}m",
             "alertname": name,
-            "exp_alerts": [{"exp_labels": labels | severity}] if name in fires else [],
+            "exp_alerts": [{"exp_labels": OWN | severity}] if name in fires else [],
         }
         for name, severity in (
             ("TailserveSloBurnsFast", {"severity": "critical"}),
@@ -79,6 +80,26 @@ def test_alerts_fire_when_error_budgets_burn(
     }
     (rules.parent / "test.yaml").write_text(yaml.safe_dump(test))
     promtool("test", "rules", str(rules.parent / "test.yaml"))
+
+
+def test_an_alert_says_that_no_instance_reports_whatever_others_do(rules: Path) -> None:
+    running = f"ray_tailserve_num_requests_running{_labels(OWN | {'release': 'staging'})}"
+    expected = {"exp_labels": {"release": "llm", "namespace": "serving", "severity": "critical"}}
+    stripped: dict[str, Any] = yaml.safe_load(rules.read_text())
+    for rule in stripped["groups"][0]["rules"]:
+        rule.pop("annotations", None)
+    rules.write_text(yaml.safe_dump(stripped))
+    case = {
+        "interval": "1m",
+        "input_series": [{"series": running, "values": "1x20"}],
+        "alert_rule_test": [{"eval_time": "10m", "alertname": "TailserveNoInstance", "exp_alerts": [expected]}],
+    }
+    (rules.parent / "test.yaml").write_text(yaml.safe_dump({"rule_files": [str(rules)], "tests": [case]}))
+    promtool("test", "rules", str(rules.parent / "test.yaml"))
+
+
+def _labels(values: dict[str, str]) -> str:
+    return "{" + ", ".join(f'{name}="{value}"' for name, value in values.items()) + "}"
 
 
 def test_nobody_asks_for_a_metric_that_there_is_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,8 @@ async def test_a_release_lives_through_what_happens_to_pods(release: Release) ->
     routers = await release.replicas("Router")
     assert sorted(routers.values()) == [first.ip, second.ip], "instances are spread"
 
+    await eventually(lambda: _exports(release.workers), 30)
+
     await _lose_the_head(release, expected)
     assert await release.replicas("Router") == routers, "the same instances as before"
 
@@ -139,6 +142,17 @@ async def test_a_release_lives_through_what_happens_to_pods(release: Release) ->
     stays, goes = (first, second) if home == first.ip else (second, first)
     await _cut_off(goes, stays, expected)
     await _drain(stays, expected)
+
+
+async def _exports(pods: list[Pod]) -> bool:
+    """Whether the pods' metrics port has what alerts and dashboard ask for."""
+    async with httpx.AsyncClient() as http:
+        text = "".join([(await http.get(f"http://{pod.ip}:8080/metrics")).text for pod in pods])
+    names = set(re.findall(r"^(ray_tailserve_\w+)", text, re.MULTILINE))
+    wanted = {"time_to_first_token_seconds_bucket", "request_time_per_output_token_seconds_bucket", "num_requests_running"}
+    wanted |= {"num_requests_waiting", "kv_cache_usage_perc", "host_kv_cache_usage_perc"}
+    either = {f"ray_tailserve_slo_{name}_total" for name in ("attained", "missed")}
+    return {f"ray_tailserve_{name}" for name in wanted} <= names and bool(either & names)
 
 
 async def _lose_the_head(release: Release, expected: str) -> None:

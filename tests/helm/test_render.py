@@ -74,6 +74,10 @@ def test_the_schemas_refuse_what_is_wrong() -> None:
         ('workerGroups=[{"name": "A_1", "minReplicas": 1, "maxReplicas": 2, "resources": {}}]', "name"),
         ('fullnameOverride="' + "x" * 41 + '"', "fullnameOverride"),
         ("ingress.enabled=true", "ingress.hosts: name at least one"),
+        (
+            'upgrade={"type": "NewClusterWithIncrementalUpgrade", "gatewayClassName": "g"},ingress.enabled=true',
+            "ingress.enabled: with upgrade.type",
+        ),
         ("httpRoute.enabled=true", "httpRoute.parentRefs: name the Gateway"),
         ('modelCache={"enabled": true, "prefetch": {"enabled": true}}', "modelCache.prefetch.models: name the models"),
     ],
@@ -146,6 +150,22 @@ def test_selectors_find_the_pods() -> None:
         selector = rendered.objects[kind, "llm-tailserve"]["spec"][field]["matchLabels"].items()
         assert selector <= worker
         assert selector <= head
+
+
+def test_a_strict_network_policy_leaves_the_ways_that_are_needed() -> None:
+    policy = render("gpu", "networkPolicy.enabled=true").objects["NetworkPolicy", "llm-tailserve"]
+    ports = {port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", [])}
+    assert {53, 443, 6379, 6443} <= ports
+    policy = render("minimal", "networkPolicy.enabled=true", "networkPolicy.extraEgress=[]").objects
+    ports = {
+        port["port"] for rule in policy["NetworkPolicy", "llm-tailserve"]["spec"]["egress"] for port in rule.get("ports", [])
+    }
+    assert ports == {53}
+
+
+def test_pods_keep_the_labels_that_kuberay_gives_them() -> None:
+    for group in render().groups:
+        assert not any(name.startswith("app.kubernetes.io/") for name in group["template"]["metadata"]["labels"])
 
 
 def test_what_changes_no_pod_starts_no_new_cluster(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ CONFIG: dict[str, Any] = {
     "dtype": "float32",
     "max_num_seqs": SLOTS,
     "max_model_len": 2048,
-    "timeouts": {"step_s": 20.0, "draft_hang_s": 2.0},
+    "timeouts": {"step_s": 12.0, "draft_hang_s": 2.0},
     "slo_classes": [
         # Targets that a slow machine can keep, so that all slots may be taken.
         {"name": "critical", "priority": 0, "ttft_s": 4.0, "tpot_s": 0.5},

@@ -97,7 +97,7 @@ class Edge:
     ) -> None:
         """`settings`: of the deployment; `config`: of the engine."""
         self.calls = LocalCalls(**config)
-        self.router = RouterClient(self.calls, Timeouts(submit_s=5.0, carry_s=0.2))
+        self.router = RouterClient(self.calls, Timeouts(submit_s=5.0, carry_s=0.2), max_open=200)
         text = TextModel(write_tokenizer(directory))
         self.service = Service(parse_config(settings or {}), text, self.router, MODEL)
         if ready:

@@ -25,7 +25,8 @@ def request(name: str) -> Request:
 
 
 def client_of(instances: Instances, submit_s: float = 5.0, **timeouts: float) -> RouterClient:
-    return RouterClient(instances, Timeouts.model_construct(**(Timeouts().model_dump() | {"submit_s": submit_s} | timeouts)))
+    settings = Timeouts.model_construct(**(Timeouts().model_dump() | {"submit_s": submit_s} | timeouts))
+    return RouterClient(instances, settings, max_open=8)
 
 
 class Instances:
@@ -249,3 +250,89 @@ async def test_a_session_asks_for_the_instance_it_was_at(monkeypatch: pytest.Mon
         ("scope of u", None),
         ("scope of s", None),
     ]
+
+
+async def test_an_ingress_holds_no_more_than_it_may() -> None:
+    instances = Instances()
+    client = client_of(instances)
+    for number in range(8):
+        await client.submit(request(str(number)), asyncio.Queue())
+    with pytest.raises(NotReadyError, match="8 sequences are open here") as refused:
+        await client.submit(request("r"), asyncio.Queue())
+    assert refused.value.retry_after_s == 1.0
+    client.cancel("3")
+    await client.submit(request("r"), asyncio.Queue())
+
+
+async def test_who_leaves_at_the_moment_of_a_loss_costs_nobody_else_anything() -> None:
+    instances = Instances("a", "b")
+    client, queue = client_of(instances), asyncio.Queue[TokenChunk]()
+    await client.submit(request("r"), asyncio.Queue())
+    instances.push("a", TokenChunk("r", finish_reason=FinishReason.LOST, error="it stops"))
+    # The stream is read, and its client leaves before anything else happens.
+    client._dispatch(client._decoder.decode(instances.boxes["a"].get_nowait()), "a")
+    client.cancel("r")
+    instances.alive = ["b"]
+    await client.submit(request("other"), queue)
+    await asyncio.sleep(0.05)
+    assert [asked.id for _, asked, _ in instances.submitted] == ["r", "other"]
+    instances.push("b", TokenChunk("other", (1,), finish_reason=FinishReason.STOP))
+    assert (await queue.get()).token_ids == (1,)
+    assert not client._attempts
+
+
+async def test_one_that_is_asked_and_does_not_answer_is_not_listened_to_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "ASK_S", 0.05)
+    instances = Instances("a")
+    client, queue = client_of(instances), asyncio.Queue[TokenChunk]()
+    await client.submit(request("other"), asyncio.Queue())
+    instances.open.clear()
+    call = asyncio.create_task(client.submit(request("r"), queue))
+    await asyncio.sleep(0.2)
+    instances.open.set()
+    await call
+    taken = instances.submitted[-1][1].id
+    assert taken != "r"
+    # It had heard it the first time, too.
+    instances.push("a", TokenChunk("r", (8,)), TokenChunk(taken, (5,)))
+    assert await queue.get() == TokenChunk("r", (5,))
+    while "r" not in instances.aborted:
+        await asyncio.sleep(0.005)
+    assert queue.empty()
+
+
+async def test_others_avoid_an_instance_that_was_lost_until_it_is_heard_of() -> None:
+    instances = Instances("a", "b")
+    client = client_of(instances, silence_s=0.1)
+    await client.submit(request("r"), asyncio.Queue())
+    await instances.until_submitted(2)
+    await client.submit(request("new"), asyncio.Queue())
+    assert instances.submitted[-1][0] == "b"
+    instances.push("a", TokenChunk("r", (1,)))
+    client._read("a")
+    while client._lost.get("a"):
+        await asyncio.sleep(0.005)
+    await client.submit(request("newer"), asyncio.Queue())
+    assert instances.submitted[-1][0] == "a"
+
+
+async def test_a_request_whose_time_is_over_while_it_looks_for_an_instance_ends_with_what_it_has() -> None:
+    instances = Instances("a")
+    client, queue = client_of(instances), asyncio.Queue[TokenChunk]()
+    await client.submit(msgspec.structs.replace(request("r"), timeout_s=0.4), queue)
+    instances.push("a", TokenChunk("r", (5,)))
+    await queue.get()
+    instances.kill("a")
+    chunk = await asyncio.wait_for(queue.get(), 5)
+    assert (chunk.finish_reason, chunk.stop_reason) == (FinishReason.LENGTH, "deadline")
+
+
+async def test_what_no_instance_took_is_told() -> None:
+    instances = Instances("a")
+    client = client_of(instances)
+    told: list[tuple[str, str]] = []
+    client.on_refusal = lambda refused, error: told.append((refused.id, error.code))
+    instances.refusal = InvalidRequestError("no such class", param="slo_class")
+    with pytest.raises(InvalidRequestError):
+        await client.submit(request("r"), asyncio.Queue())
+    assert told == [("r", "invalid_request")]

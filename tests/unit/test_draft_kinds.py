@@ -50,3 +50,13 @@ def test_without_speculation_there_is_no_draft(fields: dict[str, object]) -> Non
 def test_a_draft_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         find_draft(config(draft_model=str(tmp_path)))
+
+
+def test_a_draft_is_in_one_piece_whatever_the_verifier_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    options = LoadOptions(path="/models/verifier", num_blocks=10, tensor_parallel_size=2)
+    plan = plan_draft(config(draft_model=str(tmp_path), tensor_parallel_size=2), options, "/sockets")
+    assert plan.verifier.load.tensor_parallel_size == 2
+    assert plan.draft is not None
+    assert plan.draft.load is not None
+    assert plan.draft.load.tensor_parallel_size == 1

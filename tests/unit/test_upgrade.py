@@ -24,7 +24,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return save_model(LlamaConfig(**WIDE), tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_what_was_read_before_the_change_is_known_after_it(path: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled.fill_cache(getattr(torch, dtype), int8=False)
     compile_now, run = threading.Event(), subprocess.run

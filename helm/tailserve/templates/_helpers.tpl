@@ -18,16 +18,19 @@
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-{{ include "tailserve.selector" . }}
+app.kubernetes.io/name: {{ include "tailserve.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
 {{- with .Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
 {{- end }}
 
-{{- /* Of the pods, too. KubeRay's pods carry no label of the RayService that stays the same from cluster to cluster. */ -}}
+{{- /*
+By which pods are found. KubeRay's pods carry no label of the RayService that stays the same from cluster to cluster, and
+app.kubernetes.io/name is its own there: the head's Service selects by it.
+*/ -}}
 {{- define "tailserve.selector" -}}
-app.kubernetes.io/name: {{ include "tailserve.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+tailserve/release: {{ .Release.Name }}
 {{- end }}
 
 {{- define "tailserve.metadata" -}}

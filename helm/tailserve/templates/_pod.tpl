@@ -8,7 +8,7 @@ Nothing in it may depend on the chart's or the application's version.
 metadata:
   labels:
     {{- include "tailserve.selector" .root | nindent 4 }}
-    app.kubernetes.io/component: {{ .kind }}
+    tailserve/component: {{ .kind }}
     {{- with $group.podLabels }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
@@ -101,7 +101,6 @@ spec:
 - {name: RAY_SERVE_CONTROL_LOOP_INTERVAL_S, value: "0.5"}
 - {name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S, value: "2"}
 - {name: RAY_SERVE_HAPROXY_NBTHREAD, value: "1"}
-- {name: RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S, value: "1"}
 # A pod that is told to end lets its streams end first. Below terminationGracePeriodSeconds, and above Serve's own.
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ add $values.drainSeconds 30 | quote }}}
 {{- if and $values.gcsFaultTolerance.backend (eq .kind "worker") }}
@@ -120,12 +119,6 @@ spec:
 {{- if .name }}
 - name: HF_TOKEN
   valueFrom: {secretKeyRef: {name: {{ .name }}, key: {{ .key }}}}
-{{- end }}
-{{- end }}
-{{- with $values.telemetry }}
-{{- if .otlpEndpoint }}
-- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ .otlpEndpoint | quote }}}
-- {name: OTEL_SERVICE_NAME, value: {{ .serviceName | quote }}}
 {{- end }}
 {{- end }}
 {{- with $values.extraEnv }}
