@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,10 +40,15 @@ exec unshare -U --map-user=1000 --map-group=1000 setpriv --no-new-privs {command
 
 
 def can_make_namespaces() -> bool:
-    return (
-        os.geteuid() == 0
-        and subprocess.run(["unshare", "-n", "-m", "-p", "-f", "true"], capture_output=True).returncode == 0
+    """Whether there is all that pods need: tools, root, and a kernel that lets it."""
+    if os.geteuid() != 0 or not all(shutil.which(tool) for tool in ("ip", "unshare", "setpriv")):
+        return False
+    tries = (
+        ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "unshare", "-U", "--map-user=1000", "--map-group=1000", "true"],
+        ["unshare", "-n", "ip", "link", "add", BRIDGE, "type", "bridge"],
+        ["unshare", "-n", "ip", "link", "add", "pod0", "type", "veth", "peer", "name", "pod1"],
     )
+    return all(subprocess.run(command, capture_output=True).returncode == 0 for command in tries)
 
 
 @contextlib.contextmanager
