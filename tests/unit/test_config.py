@@ -126,3 +126,13 @@ def test_tenants_may_come_from_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=match):
             with_tenants_of_file(parse_config({"tenants": own, "tenants_file": str(file)}))
+
+
+def test_a_port_that_this_machine_has_free_is_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tailserve.cluster import settings
+
+    for name in (*settings.SERVE_ENVIRONMENT, *settings.PROXY_PORTS):
+        monkeypatch.setenv(name, "kept")
+    before = dict(settings.SERVE_ENVIRONMENT)
+    assert settings.prepare_serve()["RAY_SERVE_HAPROXY_STATS_PORT"] == "kept"
+    assert before == settings.SERVE_ENVIRONMENT
