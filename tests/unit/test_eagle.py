@@ -116,7 +116,8 @@ def test_it_drafts_as_it_was_taught(tiny_llama: str, verifier, head: EagleHead) 
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compiled_head_says_what_pytorch_says(dtype: torch.dtype, int8: bool) -> None:
     """Prompt, several rows at once, single tokens, a window; integers within what they round."""
     if int8 and not HAS_INT8_DOT:
