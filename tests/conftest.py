@@ -10,7 +10,6 @@ import pytest
 MAY_BE_SKIPPED = {
     "tests/unit/test_eagle.py": "a CPU with AVX512-VNNI",
     "tests/unit/test_int8.py": "a CPU with AVX512-VNNI",
-    "tests/helm/test_pods.py": "root, and namespaces",
 }
 
 _skipped: list[str] = []

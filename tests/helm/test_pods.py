@@ -24,7 +24,11 @@ VALUES = (
     'gcsFaultTolerance.backend="rocksdb"',
 )
 
-pytestmark = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, and namespaces")
+pytestmark = [
+    # Two models and three nodes on the cores that CI has would take it over its time.
+    pytest.mark.slow,
+    pytest.mark.skipif(not can_make_namespaces(), reason="needs root, and namespaces"),
+]
 
 
 class Release:
