@@ -16,7 +16,7 @@ SLACK = 0.8
 
 SLOTS, KV = "slots", "kv"
 LATENESS, OPEN = "lateness", "open"
-"""What an instance reports, see `reports`."""
+"""What an instance reports, see `report`."""
 
 
 class AutoscalingConfig(BaseModel):

@@ -97,7 +97,11 @@ class Timeouts(_Strict):
     draft_hang_s: float = Field(default=10.0, gt=0, description="a draft that takes longer is restarted")
     submit_s: float = Field(default=10.0, gt=0, description="how long a request may look for an instance")
     carry_s: float = Field(default=120.0, gt=0, description="the same, of one whose instance was lost in the middle of it")
-    silence_s: float = Field(default=10.0, gt=4, description="an instance that says nothing for so long is taken for lost")
+    silence_s: float = Field(
+        default=10.0,
+        gt=4,
+        description="an instance that says nothing for so long is taken for lost; one that lives says something every 2 s",
+    )
     drain_s: float = Field(default=60.0, ge=0, description="how long an instance that is removed may finish its streams")
 
 

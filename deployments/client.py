@@ -52,7 +52,7 @@ class RouterClient:
     """
 
     def __init__(self, calls: RouterCalls, timeouts: Timeouts, *, max_open: int) -> None:
-        """`max_open`: see `check_room`."""
+        """`max_open`: sequences that may be open: each holds its prompt, its tokens and a connection."""
         self._calls = calls
         self._timeouts = timeouts
         self._max_open = max_open
@@ -70,21 +70,16 @@ class RouterClient:
         self.on_refusal: Callable[[Request, TailserveError], None] | None = None
         """Called with what no instance took, and why."""
 
-    def check_room(self) -> None:
-        """NotReadyError where `max_open` sequences are open already: each holds its prompt, its tokens and a connection."""
-        if len(self._open) >= self._max_open:
-            raise NotReadyError(
-                f"{len(self._open)} sequences are open here, as many as may be; try again", retry_after_s=1.0
-            )
-
     async def submit(self, request: Request, queue: asyncio.Queue[TokenChunk]) -> None:
         """Places a request; its chunks arrive in `queue`, the last with a finish reason.
 
         NotReadyError when there is no room, or no instance takes it in time; what the router raises otherwise.
         """
-        self.check_room()
-        waiting = self._open[request.id] = OpenRequest(request, queue)
         try:
+            if len(self._open) >= self._max_open:
+                text = f"{len(self._open)} sequences are open here, as many as may be; try again"
+                raise NotReadyError(text, retry_after_s=1.0)
+            waiting = self._open[request.id] = OpenRequest(request, queue)
             await self._place(waiting, self._timeouts.submit_s, SUBMIT_ATTEMPTS)
         except BaseException as error:
             self.cancel(request.id)

@@ -29,21 +29,6 @@ class Piece:
 
 
 @dataclass
-class Pace:
-    """When a choice's tokens came. Seconds of the monotonic clock."""
-
-    begun_s: float = field(default_factory=time.monotonic)
-    first_s: float | None = None
-    last_s: float = 0.0
-
-    def note(self) -> None:
-        """Tokens came."""
-        self.last_s = time.monotonic()
-        if self.first_s is None:
-            self.first_s = self.last_s
-
-
-@dataclass
 class Choice:
     """One of a response's sequences as it grows."""
 
@@ -60,13 +45,17 @@ class Choice:
     cut: bool = False
     """It ended before its last token."""
     usage: Usage = field(default_factory=Usage)
-    pace: Pace = field(default_factory=Pace)
+    begun_s: float = field(default_factory=time.monotonic)
+    first_s: float | None = None
+    """When its first token came, by the monotonic clock; None before."""
+    last_s: float = 0.0
 
     def take(self, chunk: TokenChunk) -> Piece | None:
         """The piece a chunk adds; None if it adds nothing to show."""
         self.num_tokens += len(chunk.token_ids)
         if chunk.token_ids:
-            self.pace.note()
+            self.last_s = time.monotonic()
+            self.first_s = self.first_s or self.last_s
         alone = 0 < self.num_tokens <= chunk.usage.prefix_tokens
         final = chunk.finish_reason is not None
         self.usage = chunk.usage
@@ -89,14 +78,12 @@ class Choice:
     @property
     def ttft_s(self) -> float | None:
         """From the request's arrival to the first token; None without one."""
-        first = self.pace.first_s
-        return None if first is None else first - self.pace.begun_s + self.request.age_s
+        return None if self.first_s is None else self.first_s - self.begun_s + self.request.age_s
 
     @property
     def tpot_s(self) -> float:
         """Time per output token behind the first."""
-        first = self.pace.first_s
-        return 0.0 if first is None else (self.pace.last_s - first) / max(self.num_tokens - 1, 1)
+        return 0.0 if self.first_s is None else (self.last_s - self.first_s) / max(self.num_tokens - 1, 1)
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ from tailserve.engine.config import EngineConfig
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.options import LoadOptions
+from tailserve.engine.slo import guarded_classes
 from tailserve.engine.types import ModelInfo, Request
 
 logger = logging.getLogger(__name__)
@@ -272,6 +273,7 @@ def _scale(config: TailserveConfig) -> dict[str, Any]:
         "utilization": scaling.utilization,
         "least": scaling.min_instances,
         "least_by_class": {slo.name: slo.min_instances for slo in config.slo_classes if slo.min_instances},
+        "urgent": sorted(guarded_classes(config.classes())),
     }
     return {
         "autoscaling_config": {

@@ -80,7 +80,6 @@ class Service:
         """A request's id, and its sequences, checked and not yet placed."""
         arrived = time.monotonic()
         info = self.ready_info()
-        self._client.check_room()
         self._check_model(body.model)
         slo_class = tenant.choose_class(self._asked_class(body, headers), self._config.default_class)
         request_id = body.request_id or short_header(headers, "x-request-id", 128) or uuid.uuid4().hex

@@ -53,13 +53,12 @@ class RequestMetrics:
             return
         slo = self._classes[choice.request.slo_class]
         labels = self._labels(slo.name)
-        ttft_s = choice.ttft_s
+        ttft_s, in_time = choice.ttft_s, False
         if ttft_s is not None:
             self._ttft.observe(ttft_s, labels)
             self._tpot.observe(choice.tpot_s, labels)
-        failed = reason is FinishReason.ERROR or ttft_s is None
-        in_time = ttft_s is not None and ttft_s <= slo.ttft_s and choice.tpot_s <= slo.tpot_s
-        (self._attained if in_time and not failed else self._missed).inc(1, labels)
+            in_time = ttft_s <= slo.ttft_s and choice.tpot_s <= slo.tpot_s
+        (self._attained if in_time and reason is not FinishReason.ERROR else self._missed).inc(1, labels)
 
     def _labels(self, slo_class: str) -> dict[str, str]:
         return {"model_name": self._model, "slo_class": slo_class}

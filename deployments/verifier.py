@@ -8,9 +8,8 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import ray
@@ -22,9 +21,6 @@ from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import StateMessage
 from tailserve.engine.types import Batch, ModelInfo, StepResult
-
-if TYPE_CHECKING:
-    from tailserve.engine.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +68,12 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
             num_blocks=info.num_blocks,
             num_host_blocks=info.num_host_blocks,
         )
-        return info, runner.run if options.load.rank == 0 else partial(_run_silently, runner)
 
+        def run(batch: Batch) -> StepResult | None:
+            result = runner.run(batch)
+            return result if options.load.rank == 0 else None
 
-def _run_silently(runner: ModelRunner, batch: Batch) -> None:
-    runner.run(batch)
+        return info, run
 
 
 class VerifierExecutor:

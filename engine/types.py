@@ -95,8 +95,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None = None
     """The request ends, with what it has, this many seconds after it arrived."""
     carried: tuple[int, ...] | None = None
-    """The answer so far, by an instance that was lost: this one goes on behind it, and does not refuse it. None for
-    a request that no instance had accepted."""
+    """The answer so far, where an instance that was lost had accepted the request: it goes on behind that, and is not
+    refused. None for a new one."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import ray
-from harness import free_port
+from harness import local_ray
 from ray import serve
-from tiny import TINY, save_model
+from tiny import save_tiny
 
 from tailserve.cluster.config import parse_config
-from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments import router
 from tailserve.deployments.app import build_app
-from tailserve.deployments.models import resolve_model
 
 TTFT_S, TOKENS = 1.0, 100
 QUIET_S, STEP_S = 10.0, 70.0
@@ -29,24 +24,14 @@ QUIET_S, STEP_S = 10.0, 70.0
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    prepare_serve()
-    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield port
-    serve.shutdown()
-    ray.shutdown()
+    with local_ray(num_cpus=16) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from transformers import LlamaConfig
-
-    directory: Path = tmp_path_factory.mktemp("tiny")
-    path = save_model(LlamaConfig(**(TINY | {"vocab_size": 49152, "max_position_embeddings": 1024})), directory)
-    shutil.copy(resolve_model(None) / "tokenizer.json", directory)
     return {
-        "model": path,
+        "model": save_tiny(tmp_path_factory.mktemp("tiny")),
         "dtype": "float32",
         "served_model_name": "tiny",
         "speculation": "off",

@@ -45,6 +45,7 @@ class Fleet:
         self.target = 1
         self.used_s = 0.0
         self._admissions: dict[int, Admission] = {}
+        self._said: dict[int, deque[dict[str, float]]] = {}
 
     def _instance(self, seed: int) -> Instance:
         return Instance(self._settings, tuple(self._classes.values()), "slack", seed)
@@ -67,7 +68,7 @@ class Fleet:
         self.used_s += seconds * (len(self.running) + len(self._due) + len(self._leaving))
 
     def metrics(self) -> dict[str, dict[str, list[Any]]]:
-        """What each running instance reports, as Serve hands it over."""
+        """What each running instance reported lately, as Serve hands it over."""
         found: dict[str, dict[str, list[Any]]] = {}
         for number, instance in enumerate(self.running):
             engine, now = instance.engine, instance.clock.now
@@ -81,8 +82,10 @@ class Fleet:
                 ttft_s={name: slo.ttft_s for name, slo in self._classes.items()},
                 num_open=demand.num_open,
             )
-            for name, value in said.items():
-                found.setdefault(name, {})[str(number)] = [SimpleNamespace(value=value)]
+            past = self._said.setdefault(id(instance), deque(maxlen=LOOK_BACK_S))
+            past.append(said)
+            for name in said:
+                found.setdefault(name, {})[str(number)] = [SimpleNamespace(value=one[name]) for one in past if name in one]
         return found
 
 
@@ -116,7 +119,7 @@ def run(
         with_clock(now)
         wanted, state = policy(context)
         fleet.scale(min(max(int(wanted), 1), MOST), now)
-        if third is None and len(fleet.running) >= 3:
+        if third is None and now >= PHASES[0][0] and len(fleet.running) >= 3:
             third = now - PHASES[0][0]
     fleet.run_until(end + 600, 0.0)
     return {"instances": fleet.used_s / end, "up_after_s": third or float("nan"), "at_end": len(fleet.running)}
@@ -145,7 +148,7 @@ def main() -> None:
     prompt = AutoscalingConfig(**common, target_ongoing_requests=max(held, 1.0), upscale_delay_s=0.0)
     ours = AutoscalingConfig(**common, upscale_delay_s=0.0)
     policies = {
-        "tailserve": (_apply_autoscaling_config(InstancePolicy(0.7, 1, {})), ours),
+        "tailserve": (_apply_autoscaling_config(InstancePolicy(0.7, 1, {}, ["critical"])), ours),
         "default": (_apply_autoscaling_config(default_autoscaling_policy), default),
         "default, no delay up": (_apply_autoscaling_config(default_autoscaling_policy), prompt),
     }

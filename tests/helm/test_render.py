@@ -98,7 +98,7 @@ def test_the_application_takes_the_configuration(example: str | None) -> None:
     (application,) = render(example).serve_config["applications"]
     assert application["import_path"] == "tailserve.deployments.app:build"
     config = parse_config(application["args"])
-    assert config.timeouts.drain_s == 300 if example == "gpu" else 120
+    assert config.timeouts.drain_s == (300 if example == "gpu" else 120)
     # An instance is in one pod.
     group = render(example).groups[1]["template"]["spec"]["containers"][0]["resources"]["requests"]
     used = config.resources

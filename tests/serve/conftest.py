@@ -13,12 +13,10 @@ from collections.abc import AsyncIterator, Iterator
 import httpx
 import openai
 import pytest
-import ray
-from harness import CONFIG, MODEL, Server, free_port, undisturbed
+from harness import CONFIG, MODEL, Server, local_ray, undisturbed
 from ray import serve
 
 from tailserve.cluster.config import parse_config
-from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments.app import build_app
 
 REPLICA_PORTS = range(30500, 30520)
@@ -28,17 +26,10 @@ REPLICA_PORTS = range(30500, 30520)
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[int]:
     """Ray and Serve on this machine alone; the port that Serve listens on."""
-    # As `tailserve serve` does, but for this process, where ray.serve is imported already: its handles are called from many
-    # event loops, which Serve's throughput mode does not allow.
-    prepare_serve()
     subprocess.run([sys.executable, "-m", "tailserve.engine.model.compiled", "float32", "none"], check=True)
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(REPLICA_PORTS[0])
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield port
-    serve.shutdown()
-    ray.shutdown()
+    with local_ray(num_cpus=8) as port:
+        yield port
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,10 @@ from typing import Any
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
 import openai
+import ray
 from ray import serve
 
+from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments.demo import NAME as MODEL
 
 SLOTS = 16
@@ -76,6 +80,20 @@ async def stream_text(client: openai.AsyncOpenAI, prompt: str, **fields: Any) ->
         text += chunk.choices[0].text
         times.append(time.monotonic())
     return text, times
+
+
+@contextlib.contextmanager
+def local_ray(num_cpus: int) -> Iterator[int]:
+    """Ray and Serve on this machine alone; the port that Serve listens on."""
+    # As `tailserve serve` does, but for this process, where ray.serve is imported already: its handles are called from many
+    # event loops, which Serve's throughput mode does not allow.
+    prepare_serve()
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    serve.shutdown()
+    ray.shutdown()
 
 
 def free_port() -> int:

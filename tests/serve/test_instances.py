@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -16,11 +15,10 @@ import openai
 import pytest
 from harness import PROMPTS
 from ray import serve
-from tiny import TINY, save_model
+from tiny import by_transformers, save_tiny
 
 from tailserve.cluster.config import parse_config
 from tailserve.deployments.app import build_app
-from tailserve.deployments.models import resolve_model
 
 NAME = "two"
 LENGTH = 40
@@ -28,12 +26,7 @@ LENGTH = 40
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import LlamaConfig
-
-    directory = tmp_path_factory.mktemp("tiny")
-    path = save_model(LlamaConfig(**(TINY | {"vocab_size": 49152, "max_position_embeddings": 1024})), directory)
-    shutil.copy(resolve_model(None) / "tokenizer.json", directory)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +58,6 @@ def url(ray_cluster: int, config: dict[str, Any]) -> Iterator[str]:
 
 
 async def test_both_instances_answer_and_the_draft_model_agrees_some_of_the_time(url: str, model: str) -> None:
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM
-
     async with httpx.AsyncClient() as http:
         while (await http.get(f"{url}/ready")).status_code != 200:
             await asyncio.sleep(0.1)
@@ -81,13 +70,8 @@ async def test_both_instances_answer_and_the_draft_model_agrees_some_of_the_time
                 for prompt in PROMPTS * 2
             )
         )
-    oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    oracle.generation_config.eos_token_id = None
-    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
-    for prompt, response in list(zip(PROMPTS, responses, strict=False))[:3]:
-        ids = torch.tensor([tokenizer.encode(prompt).ids])
-        tokens = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-        assert response.choices[0].text == tokenizer.decode(tokens[0, ids.shape[1] :].tolist())
+    expected = await asyncio.to_thread(by_transformers, model, PROMPTS[:3], 40)
+    assert [response.choices[0].text for response in responses[:3]] == expected
     details = [response.usage.completion_tokens_details for response in responses if response.usage]
     assert sum(detail.accepted_prediction_tokens or 0 for detail in details if detail) > 50
     assert len(await _instances()) == 2

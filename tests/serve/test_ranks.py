@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +12,10 @@ import openai
 import pytest
 from harness import PROMPTS
 from ray import serve
-from tiny import TINY, save_model
+from tiny import by_transformers, save_tiny
 
 from tailserve.cluster.config import parse_config
 from tailserve.deployments.app import build_app
-from tailserve.deployments.models import resolve_model
 
 NAME = "ranks"
 LENGTH = 40
@@ -25,12 +23,7 @@ LENGTH = 40
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import LlamaConfig
-
-    directory = tmp_path_factory.mktemp("tiny")
-    path = save_model(LlamaConfig(**(TINY | {"vocab_size": 49152})), directory)
-    shutil.copy(resolve_model(None) / "tokenizer.json", directory)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +42,7 @@ def url(ray_cluster: int, model: str) -> Iterator[str]:
 
 
 async def test_two_ranks_answer_like_one_also_when_one_of_them_dies(url: str, model: str) -> None:
-    expected = await asyncio.to_thread(_by_transformers, model)
+    expected = await asyncio.to_thread(by_transformers, model, PROMPTS, LENGTH)
     router = serve.get_deployment_handle("Router", NAME)
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
         assert await asyncio.gather(*(_answer(client, prompt) for prompt in PROMPTS)) == expected
@@ -75,19 +68,3 @@ async def _answer(client: openai.AsyncOpenAI, prompt: str, begun: asyncio.Event 
         if begun is not None:
             begun.set()
     return text
-
-
-def _by_transformers(model: str) -> list[str]:
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM
-
-    oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    oracle.generation_config.eos_token_id = None
-    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt).ids])
-        tokens = oracle.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, do_sample=False)
-        texts.append(tokenizer.decode(tokens[0, ids.shape[1] :].tolist()))
-    return texts

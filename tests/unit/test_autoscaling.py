@@ -67,13 +67,18 @@ def test_nothing_is_decided_before_an_instance_has_spoken() -> None:
 
 
 def test_what_serve_hands_over() -> None:
-    def series(value: float) -> list[Any]:
-        return [SimpleNamespace(value=9.0), SimpleNamespace(value=value)]
+    def series(*values: float) -> list[Any]:
+        return [SimpleNamespace(value=value) for value in values]
 
-    policy = InstancePolicy(0.7, 1, {})
+    policy = InstancePolicy(0.7, 1, {}, ["critical"])
     metrics = {"slots": {"a": series(0.9), "b": series(0.9)}, "lateness:critical": {"a": series(0.0), "b": series(0.0)}}
     context = SimpleNamespace(raw_metrics=metrics, running_replicas=["a", "b", "c"], target_num_replicas=3)
     assert policy(context) == (3, {})  # type: ignore[arg-type]
+    # A burst of what is not urgent is over before an instance has started for it; what is urgent counts at once.
+    for name, wanted in (("normal", 1), ("critical", 2)):
+        metrics = {"slots": {"a": series(0.3, 0.3)}, f"lateness:{name}": {"a": series(0.0, 0.9)}}
+        context = SimpleNamespace(raw_metrics=metrics, running_replicas=["a"], target_num_replicas=1)
+        assert policy(context) == (wanted, {})  # type: ignore[arg-type]
     context = SimpleNamespace(raw_metrics={"running": {}}, running_replicas=["a"], target_num_replicas=2)
     assert policy(context) == (2, {})  # type: ignore[arg-type]
 

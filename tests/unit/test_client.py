@@ -254,12 +254,14 @@ async def test_a_session_asks_for_the_instance_it_was_at(monkeypatch: pytest.Mon
 
 async def test_an_ingress_holds_no_more_than_it_may() -> None:
     instances = Instances()
-    client = client_of(instances)
+    client, told = client_of(instances), []
+    client.on_refusal = lambda _, error: told.append(error.code)
     for number in range(8):
         await client.submit(request(str(number)), asyncio.Queue())
     with pytest.raises(NotReadyError, match="8 sequences are open here") as refused:
         await client.submit(request("r"), asyncio.Queue())
     assert refused.value.retry_after_s == 1.0
+    assert told == ["not_ready"]
     client.cancel("3")
     await client.submit(request("r"), asyncio.Queue())
 

@@ -10,6 +10,7 @@ from fakes import VOCAB, Answers, FakeExecutor, engine_config, expected_answer, 
 
 from tailserve.engine.engine import Engine
 from tailserve.engine.host_tier import HostTier
+from tailserve.engine.types import Request
 
 
 class Chat:
@@ -96,17 +97,23 @@ def test_what_is_public_before_a_session_is_kept_with_it() -> None:
     assert chat.turn("a", [*said, 5], num_public=4)[1] == 8
 
 
-def test_a_large_load_takes_many_steps_beside_a_critical_sequence() -> None:
-    chat = Chat(64, num_blocks=48, max_model_len=64, session_share=0.0)
-    chat.executor.move_s, chat.tick = 0.01, 0.001
-    said, _ = chat.turn("a", list(range(40)))
+def beside_a_critical_one(chat: Chat, *, max_tokens: int) -> tuple[Request, Answers]:
+    """What was kept is on the host only, and a critical request generates."""
     for seed in range(4):
         chat.turn(None, [seed + 20] * 60)
-    critical = make_request([1, 2], max_tokens=60, slo_class="critical")
+    critical = make_request([1, 2], max_tokens=max_tokens, slo_class="critical")
     chat.engine.add(critical)
     answers = Answers()
     for _ in range(3):
         answers.take(chat.engine.step())
+    return critical, answers
+
+
+def test_a_large_load_takes_many_steps_beside_a_critical_sequence() -> None:
+    chat = Chat(64, num_blocks=48, max_model_len=64, session_share=0.0)
+    chat.executor.move_s, chat.tick = 0.01, 0.001
+    said, _ = chat.turn("a", list(range(40)))
+    critical, answers = beside_a_critical_one(chat, max_tokens=60)
     before = len(chat.executor.batches)
     turn = make_request([*said, 5], max_tokens=2, session_id="a", scope="a")
     chat.engine.add(turn)
@@ -126,13 +133,7 @@ def test_what_is_still_to_be_loaded_has_its_blocks_already() -> None:
     chat = Chat(128, num_blocks=48, max_model_len=64, session_share=0.0)
     chat.executor.move_s, chat.tick = 0.01, 0.001
     said = [chat.turn(name, [ord(name) % VOCAB] * 56)[0] for name in "ab"]
-    for seed in range(4):
-        chat.turn(None, [seed + 20] * 60)
-    critical = make_request([1, 2], max_tokens=24, slo_class="critical")
-    chat.engine.add(critical)
-    answers = Answers()
-    for _ in range(3):
-        answers.take(chat.engine.step())
+    _, answers = beside_a_critical_one(chat, max_tokens=24)
     before = chat.engine.stats.preemptions
     turns = [
         make_request([*tokens, 5], max_tokens=2, session_id=name, scope=name)

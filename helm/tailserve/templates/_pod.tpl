@@ -1,5 +1,5 @@
 {{- /*
-The pod template of the head, or of a worker group: (dict "root" $ "group" values "kind" "head" or "worker" "name" group).
+The pod template of the head, or of a worker group: (dict "root" $ "group" values "kind" "head" or "worker").
 Nothing in it may depend on the chart's or the application's version.
 */ -}}
 {{- define "tailserve.pod" -}}
