@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jsonschema
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ CHART = ROOT / "helm" / "tailserve"
 EXAMPLES = sorted(path.stem for path in (CHART / "examples").glob("*.yaml"))
 SCHEMAS = ROOT.parent / "shared" / "k8s"
 """Strict schemas of custom resources, where there are any beside the checkout."""
+CUSTOM = {"RayService", "PodMonitor", "PrometheusRule", "HTTPRoute"}
 
 
 def tool(name: str) -> str:
@@ -83,3 +85,8 @@ def custom_schema(kind: str) -> dict[str, Any]:
     if not found:
         pytest.skip(f"no schema of {kind} in {SCHEMAS}")
     return json.loads(found[0].read_text())  # type: ignore[no-any-return]
+
+
+def complaints(thing: dict[str, Any]) -> list[str]:
+    """What a custom resource's schema has against it. The schema itself has patterns in Go's syntax."""
+    return [error.message for error in jsonschema.Draft7Validator(custom_schema(thing["kind"])).iter_errors(thing)]

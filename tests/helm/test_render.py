@@ -9,15 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import kubernetes_validate
 import pytest
-from chart import CHART, EXAMPLES, ROOT, custom_schema, refusal, render, run_helm
+from chart import CHART, CUSTOM, EXAMPLES, ROOT, complaints, refusal, render, run_helm
 
 from tailserve.cluster.config import parse_config
 from tailserve.cluster.settings import SERVE_ENVIRONMENT
 
-CUSTOM = {"RayService", "PodMonitor", "PrometheusRule", "HTTPRoute"}
 ALL = [None, *EXAMPLES]
 
 
@@ -222,11 +220,6 @@ def test_helm_prints_what_to_do_next() -> None:
     assert done.returncode == 0, done.stderr
     assert "rayservice/llm-tailserve" in done.stdout
     assert "Anybody who reaches it may use it" in done.stdout
-
-
-def complaints(thing: dict[str, Any]) -> list[str]:
-    """What a custom resource's schema has against it. The schema itself has patterns in Go's syntax."""
-    return [error.message for error in jsonschema.Draft7Validator(custom_schema(thing["kind"])).iter_errors(thing)]
 
 
 def pod(template: dict[str, Any]) -> dict[str, Any]:
