@@ -86,6 +86,11 @@ class Resources(_Strict):
     verifier_gpus: float = Field(default=0, ge=0, description="of each rank; 0 serves from CPUs")
     draft_cpus: float = Field(default=0.25, ge=0)
     draft_gpus: float = Field(default=0, ge=0)
+    placement: Literal["STRICT_PACK", "PACK"] = Field(
+        default="STRICT_PACK",
+        description="an instance's processes share a node; or, with PACK, as few as have room for them, which must all have"
+        " the models at the same paths",
+    )
 
 
 class Timeouts(_Strict):

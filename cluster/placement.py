@@ -5,8 +5,6 @@ from __future__ import annotations
 from tailserve.cluster.config import TailserveConfig
 
 ROUTER_BUNDLE, VERIFIER_BUNDLE = 0, 1
-STRATEGY = "STRICT_PACK"
-"""Router, verifier and draft talk over local sockets, so they share a node."""
 
 
 def bundles(config: TailserveConfig) -> list[dict[str, float]]:

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import zmq
 
+from tailserve.deployments.sockets import connect, listen
+
 Incoming = TypeVar("Incoming")
 Outgoing = TypeVar("Outgoing")
 
@@ -19,19 +21,21 @@ ONE_WAY_MESSAGES = 64
 
 
 class Channel(Generic[Outgoing, Incoming]):
-    """One end of a connection between two processes on one node. One thread uses it at a time.
+    """One end of a connection between two processes. One thread uses it at a time.
 
-    Messages are encoded with msgspec, which builds nothing but the declared types (a pickle would run code). The endpoint
-    is a socket file; whoever binds it keeps it in a directory that only its user can enter.
+    Messages are encoded with msgspec, which builds nothing but the declared types (a pickle would run code).
     """
 
-    def __init__(self, endpoint: str, incoming: type[Incoming], *, bind: bool) -> None:
+    def __init__(self, endpoint: str, incoming: type[Incoming], *, bind: bool, key: bytes = b"") -> None:
+        """`key`: of `Sockets`, the secret one to bind, the public one to connect."""
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self.socket.setsockopt(zmq.LINGER, 0)
+        self.endpoint = endpoint
+        """Where the other end connects."""
         if bind:
-            self.socket.bind(endpoint)
+            self.endpoint = listen(self.socket, endpoint, key)
         else:
-            self.socket.connect(endpoint)
+            connect(self.socket, endpoint, key)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(incoming)
 
@@ -100,12 +104,13 @@ def serve_channel(
     *,
     alive: Callable[[], bool],
     inlet: Inlet[Any] | None = None,
+    key: bytes = b"",
 ) -> None:
     """Answers messages while `alive()`, unless with None, and takes what comes by `inlet` as it comes.
 
     What a handler raises is raised: the state behind it is in doubt.
     """
-    channel: Channel[Outgoing, Incoming] = Channel(endpoint, incoming, bind=False)
+    channel: Channel[Outgoing, Incoming] = Channel(endpoint, incoming, bind=False, key=key)
     poller = zmq.Poller()
     poller.register(channel.socket, zmq.POLLIN)
     if inlet is not None:

@@ -13,6 +13,7 @@ import msgspec
 
 from tailserve.deployments.channel import Channel, Inlet
 from tailserve.deployments.process import ModelActor, ModelProcess
+from tailserve.deployments.sockets import Sockets
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import DraftResult, DraftWork, StateMessage
 from tailserve.engine.speculation.ngram import NgramDrafter
@@ -88,7 +89,7 @@ class DraftLink:
         self,
         options: DraftOptions,
         *,
-        directory: Path,
+        sockets: Sockets,
         bundle_index: int = 2,
         actor_options: dict[str, Any],
         load_timeout_s: float,
@@ -99,7 +100,7 @@ class DraftLink:
             DraftActor,
             load_options=options,
             incoming=DraftResult,
-            directory=directory,
+            sockets=sockets,
             bundle_index=bundle_index,
             actor_options=actor_options,
             load_timeout_s=load_timeout_s,

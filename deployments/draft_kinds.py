@@ -52,6 +52,11 @@ def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) ->
         return DraftPlan(verifier, draft, config.num_outcomes)
     if config.has_prefixes:
         raise ConfigError(NEEDS_MODEL.format("a head"), param="speculative_prefix")
+    if config.resources.placement != "STRICT_PACK":
+        raise ConfigError(
+            "a head reads the verifier's states on its own node: use STRICT_PACK, or a draft model",
+            param="resources.placement",
+        )
     endpoint = f"ipc://{directory}/states"
     layers = tuple(description["feature_layers"])
     return DraftPlan(

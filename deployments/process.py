@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tailserve.deployments.channel import Channel, Inlet, serve_channel
 from tailserve.deployments.collector import keep_collector_out_of_steps
+from tailserve.deployments.sockets import Sockets
 from tailserve.engine.errors import ExecutorLostError
 
 Options = TypeVar("Options")
@@ -55,7 +56,14 @@ class ModelActor(Generic[Options, Info]):
         keep_collector_out_of_steps()
         return info
 
-    def serve(self, endpoint: str) -> None:
+    def address(self) -> str:
+        """A free port of this process' node, as host:port."""
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"{host}:{probe.getsockname()[1]}"
+
+    def serve(self, endpoint: str, key: bytes) -> None:
         """Answers messages for good: Ray ends the actor with its router. Without a raylet it ends by itself."""
         raylet = os.getppid()
         self._thread.submit(
@@ -65,6 +73,7 @@ class ModelActor(Generic[Options, Info]):
             self._answer,
             alive=lambda: os.getppid() == raylet,
             inlet=self.inlet,
+            key=key,
         ).result()
 
     def pid(self) -> int:
@@ -84,7 +93,7 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         *,
         load_options: Any,
         incoming: type[Incoming],
-        directory: Path,
+        sockets: Sockets,
         bundle_index: int,
         actor_options: dict[str, Any],
         load_timeout_s: float,
@@ -95,7 +104,7 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         self.load_options = load_options
         """What the next actor is loaded with."""
         self._incoming = incoming
-        self._directory = directory
+        self._sockets = sockets
         self._bundle_index = bundle_index
         self._actor_options = actor_options
         self._load_timeout_s = load_timeout_s
@@ -109,12 +118,34 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         return self._actor is None or self._ended.is_set()
 
     def start(self) -> Any:
-        """Starts an actor, waits until it has loaded, and opens a channel. Returns what `load` returned.
+        """Starts an actor, unless there is a new one; waits until it has loaded, and opens a channel. Returns what `load`
+        returned.
 
         Whatever `load` raises is raised here: a model that cannot be served stays so. ExecutorLostError when it takes too
         long, or nowhere has the resources for it.
         """
         begin = time.monotonic()
+        actor = self._actor or self.create()
+        try:
+            info = ray.get(actor.load.remote(self.load_options), timeout=self._load_timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            self.kill()
+            raise ExecutorLostError(f"the {self.name} was not loaded within {self._load_timeout_s:g} s") from None
+        except ray.exceptions.RayTaskError as error:
+            self.kill()
+            raise error.as_instanceof_cause() from error  # type: ignore[no-untyped-call]
+        endpoint = self._sockets.endpoint(f"{self.name}-{next(self._incarnations)}")
+        self.channel = Channel(endpoint, self._incoming, bind=True, key=self._sockets.secret_key)
+        serving = actor.serve.remote(self.channel.endpoint, self._sockets.public_key)
+        serving.future().add_done_callback(partial(_note_end, self.name, self._ended))
+        if not self.channel.wait_connected(CONNECT_TIMEOUT_S):
+            self.kill()
+            raise ExecutorLostError(f"the {self.name} process did not open its channel within {CONNECT_TIMEOUT_S:g} s")
+        logger.info("the %s is up after %.1f s", self.name, time.monotonic() - begin)
+        return info
+
+    def create(self) -> Any:
+        """The actor, with nothing loaded."""
         options = dict(self._actor_options)
         group = get_current_placement_group()
         if group is not None:
@@ -125,22 +156,7 @@ class ModelProcess(Generic[Outgoing, Incoming]):
         actor = ray.remote(self._actor_class).options(max_concurrency=2, max_restarts=0, **options).remote()
         self._actor = actor
         self._ended = threading.Event()
-        try:
-            info = ray.get(actor.load.remote(self.load_options), timeout=self._load_timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            self.kill()
-            raise ExecutorLostError(f"the {self.name} was not loaded within {self._load_timeout_s:g} s") from None
-        except ray.exceptions.RayTaskError as error:
-            self.kill()
-            raise error.as_instanceof_cause() from error  # type: ignore[no-untyped-call]
-        endpoint = f"ipc://{self._directory}/{self.name}-{next(self._incarnations)}"
-        self.channel = Channel(endpoint, self._incoming, bind=True)
-        actor.serve.remote(endpoint).future().add_done_callback(partial(_note_end, self.name, self._ended))
-        if not self.channel.wait_connected(CONNECT_TIMEOUT_S):
-            self.kill()
-            raise ExecutorLostError(f"the {self.name} process did not open its channel within {CONNECT_TIMEOUT_S:g} s")
-        logger.info("the %s is up after %.1f s", self.name, time.monotonic() - begin)
-        return info
+        return actor
 
     def pid(self) -> int:
         """The actor's process id, for tests and operators."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import ray
 from ray import serve
 
 from tailserve.cluster import placement
@@ -24,6 +25,7 @@ from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.loop import EngineLoop
 from tailserve.deployments.models import model_name, resolve_model
 from tailserve.deployments.process import ModelProcess
+from tailserve.deployments.sockets import open_sockets
 from tailserve.deployments.streams import ORPHAN_S, Outboxes
 from tailserve.deployments.telemetry import InstanceMetrics
 from tailserve.deployments.verifier import VerifierExecutor
@@ -52,7 +54,7 @@ class Router:
         log_with_serve()
         self._config = parse_config(config)
         self._instance = serve.get_replica_context().replica_id.unique_id
-        # ipc sockets live here; mkdtemp makes it private to this user.
+        # Socket files live here; mkdtemp makes it private to this user.
         self._directory = Path(tempfile.mkdtemp(prefix="tailserve-"))
         self._outboxes = Outboxes()
         self._sweeper: asyncio.Task[None] | None = None
@@ -69,9 +71,13 @@ class Router:
         config = self._config
         options = load_options(config)
         plan = plan_draft(config, options, str(self._directory))
+        self._sockets = open_sockets(self._directory)
+        if config.resources.placement != "STRICT_PACK":
+            host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+            self._sockets = open_sockets(self._directory, host)
         self._executor = VerifierExecutor(
             plan.verifier,
-            directory=self._directory,
+            sockets=self._sockets,
             first_bundle=placement.VERIFIER_BUNDLE,
             actor_options=placement.verifier_actor_options(config),
             load_timeout_s=config.timeouts.load_s,
@@ -91,7 +97,7 @@ class Router:
         config = self._config
         link = DraftLink(
             msgspec.structs.replace(options, verifier_num_blocks=self._info.num_blocks),
-            directory=self._directory,
+            sockets=self._sockets,
             bundle_index=placement.draft_bundle(config),
             actor_options=placement.draft_actor_options(config),
             load_timeout_s=config.timeouts.load_s,
@@ -251,7 +257,7 @@ def deployment(config: TailserveConfig) -> Any:
         **_scale(config),
         ray_actor_options={"num_cpus": config.resources.router_cpus},
         placement_group_bundles=placement.bundles(config),
-        placement_group_strategy=placement.STRATEGY,
+        placement_group_strategy=config.resources.placement,
         # The engine does the queueing: Serve passes everything on. A stream counts as one call.
         max_ongoing_requests=100_000,
         health_check_period_s=2.0,

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +16,7 @@ from msgspec.structs import replace
 
 from tailserve.deployments.channel import Outlet
 from tailserve.deployments.process import ModelActor, ModelProcess
+from tailserve.deployments.sockets import Sockets
 from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import StateMessage
@@ -86,7 +86,7 @@ class VerifierExecutor:
         self,
         options: VerifierOptions,
         *,
-        directory: Path,
+        sockets: Sockets,
         first_bundle: int = 1,
         actor_options: dict[str, Any],
         load_timeout_s: float,
@@ -95,20 +95,21 @@ class VerifierExecutor:
     ) -> None:
         self.load_options = options
         """What the next start loads, at each rank with its number."""
-        self._directory = directory
+        self._sockets = sockets
         self.processes: list[ModelProcess[Batch, StepResult]] = [
             ModelProcess(
                 f"verifier-{rank}" if rank else "verifier",
                 VerifierActor,
                 load_options=options,
                 incoming=StepResult,
-                directory=directory,
+                sockets=sockets,
                 bundle_index=first_bundle + rank,
                 actor_options=actor_options,
                 load_timeout_s=load_timeout_s,
             )
             for rank in range(options.load.tensor_parallel_size)
         ]
+        self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
         self._max_restarts = max_restarts
         self._waiting_since: float | None = None
@@ -116,7 +117,7 @@ class VerifierExecutor:
 
     def start(self) -> ModelInfo:
         """Starts all ranks. Raises what `ModelProcess.start` raises at the first of them that does."""
-        meeting = str(self._directory / f"ranks-{uuid.uuid4().hex}")
+        meeting = self._meeting()
         for rank, process in enumerate(self.processes):
             load = replace(self.load_options.load, rank=rank, rendezvous=meeting)
             process.load_options = replace(self.load_options, load=load)
@@ -129,6 +130,17 @@ class VerifierExecutor:
                 self.stop()
                 raise failure
         return starts[0].result()
+
+    def _meeting(self) -> str:
+        """Where ranks find each other: a new place each time."""
+        if not self._sockets.host or len(self.processes) == 1:
+            return f"file://{self._sockets.directory}/ranks-{uuid.uuid4().hex}"
+        first = self.processes[0].create()
+        try:
+            return f"tcp://{ray.get(first.address.remote(), timeout=self._load_timeout_s)}"
+        except ray.exceptions.GetTimeoutError:
+            self.stop()
+            raise ExecutorLostError(f"no node had room for the verifier within {self._load_timeout_s:g} s") from None
 
     @property
     def lost(self) -> bool:

@@ -44,7 +44,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     rank: int = 0
     """This one's number."""
     rendezvous: str = ""
-    """A path that does not exist yet, where the ranks meet."""
+    """URL where the ranks meet: file:// and a path that does not exist yet, or tcp:// and a free port of the first one's."""
     noise: float = 0.0
     """Standard deviation, relative to each weight's own, of noise added to the weights: a stand-in for a draft that
     agrees some of the time."""

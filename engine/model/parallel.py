@@ -33,15 +33,15 @@ def share(options: LoadOptions) -> LoadOptions:
 
 
 def join(options: LoadOptions, device: torch.device) -> None:
-    """Meets the other ranks at the file `options.rendezvous`, on one machine. Does nothing for a model of one rank."""
+    """Meets the other ranks at `options.rendezvous`. Does nothing for a model of one rank."""
     if options.tensor_parallel_size == 1:
         return
-    if device.type == "cpu":
-        # The name of the machine need not lead back to it.
+    if device.type == "cpu" and options.rendezvous.startswith("file:"):
+        # On one machine, and its name need not lead back to it.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{options.rendezvous}",
+        init_method=options.rendezvous,
         rank=options.rank,
         world_size=options.tensor_parallel_size,
         timeout=PATIENCE,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -21,8 +24,8 @@ VALUES = (
     ' "resources": {"router_cpus": 1, "verifier_cpus": 1, "ingress_cpus": 0.5},'
     ' "timeouts": {"silence_s": 5}, "num_instances": 2}',
     "drainSeconds=60",
-    'gcsFaultTolerance.backend="rocksdb"',
 )
+REDIS = "10.93.0.1:6399"
 
 pytestmark = [
     # Two models and three nodes on the cores that CI has would take it over its time.
@@ -34,19 +37,26 @@ pytestmark = [
 class Release:
     """The pods of a release, and the call that KubeRay makes."""
 
-    def __init__(self, work: Path) -> None:
-        self._rendered = render("minimal", *VALUES)
-        self._work = work
+    def __init__(self, work: Path, backend: str) -> None:
+        """`backend`: what outlives a head."""
+        settings = [f'gcsFaultTolerance.backend="{backend}"', f'gcsFaultTolerance.redisAddress="{REDIS}"']
+        self._rendered = render("minimal", *VALUES, *settings)
+        self._work, self._backend = work, backend
         self.head = self.start_head()
         self.workers = [self.start_worker(number) for number in (3, 4)]
 
     def start_head(self) -> Pod:
+        group = self._rendered.cluster["headGroupSpec"]
+        return self._start("head", 2, group, ["--head", "--port=6379"], self._storage())
+
+    def _storage(self) -> dict[str, str]:
+        """What KubeRay makes of `gcsFaultToleranceOptions`."""
+        options = self._rendered.cluster["gcsFaultToleranceOptions"]
+        if self._backend == "redis":
+            return {"RAY_REDIS_ADDRESS": options["redisAddress"], "RAY_external_storage_namespace": "uid-of-the-release"}
         state = self._work / "state"
         state.mkdir(exist_ok=True)
-        group = self._rendered.cluster["headGroupSpec"]
-        # As KubeRay does for rocksdb.
-        env = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(state)}
-        return self._start("head", 2, group, ["--head", "--port=6379"], env)
+        return {"RAY_gcs_storage": options["backend"], "RAY_gcs_storage_path": str(state)}
 
     def start_worker(self, number: int) -> Pod:
         (group,) = self._rendered.cluster["workerGroupSpecs"]
@@ -95,14 +105,33 @@ async def eventually(holds: Callable[[], Awaitable[bool]], timeout_s: float) -> 
         await asyncio.sleep(0.5)
 
 
-@pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
-    with bridge():
-        release = Release(tmp_path_factory.mktemp("r"))
-        try:
-            yield release
-        finally:
-            release.stop()
+@pytest.fixture
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Short: sockets lie in it.
+    return tmp_path_factory.mktemp("r")
+
+
+@contextlib.contextmanager
+def running(work: Path, backend: str) -> Iterator[Release]:
+    release = Release(work, backend)
+    try:
+        yield release
+    finally:
+        release.stop()
+
+
+@contextlib.contextmanager
+def redis(work: Path) -> Iterator[None]:
+    """At the machine's own address in the pods' network."""
+    host, port = REDIS.split(":")
+    command = ["redis-server", "--bind", host, "--port", port, "--dir", str(work), "--protected-mode", "no"]
+    with (work / "redis.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 async def complete(pod: Pod, max_tokens: int, begun: asyncio.Event | None = None) -> str:
@@ -128,24 +157,32 @@ async def answers(pod: Pod) -> bool:
     return bool(await complete(pod, 1))
 
 
-async def test_a_release_lives_through_what_happens_to_pods(release: Release) -> None:
+async def test_a_release_lives_through_what_happens_to_pods(work: Path) -> None:
+    with bridge(), running(work, "rocksdb") as release:
+        expected = await _deploy(release)
+        await eventually(lambda: _exports(release.workers), 30)
+        await _lose_the_head(release, expected)
+        first, second = release.workers
+        (home,) = (await release.replicas("Ingress")).values()
+        stays, goes = (first, second) if home == first.ip else (second, first)
+        await _cut_off(goes, stays, expected)
+        await _drain(stays, expected)
+
+
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="needs redis-server")
+async def test_a_head_finds_in_redis_what_the_one_before_knew(work: Path) -> None:
+    with bridge(), redis(work), running(work, "redis") as release:
+        await _lose_the_head(release, await _deploy(release))
+
+
+async def _deploy(release: Release) -> str:
+    """What a request is answered with."""
     await release.deploy()
     first, second = release.workers
     await eventually(lambda: answers(first), 60)
     await eventually(lambda: answers(second), 60)
-    expected = await complete(first, 60)
-    routers = await release.replicas("Router")
-    assert sorted(routers.values()) == [first.ip, second.ip], "instances are spread"
-
-    await eventually(lambda: _exports(release.workers), 30)
-
-    await _lose_the_head(release, expected)
-    assert await release.replicas("Router") == routers, "the same instances as before"
-
-    (home,) = (await release.replicas("Ingress")).values()
-    stays, goes = (first, second) if home == first.ip else (second, first)
-    await _cut_off(goes, stays, expected)
-    await _drain(stays, expected)
+    assert sorted((await release.replicas("Router")).values()) == [first.ip, second.ip], "instances are spread"
+    return await complete(first, 60)
 
 
 async def _exports(pods: list[Pod]) -> bool:
@@ -161,6 +198,7 @@ async def _exports(pods: list[Pod]) -> bool:
 
 async def _lose_the_head(release: Release, expected: str) -> None:
     worker = release.workers[0]
+    routers = await release.replicas("Router")
     streams = await _open(worker, 4)
     release.head.kill()
     begin = time.monotonic()
@@ -171,6 +209,7 @@ async def _lose_the_head(release: Release, expected: str) -> None:
     assert await asyncio.gather(*streams) == [expected] * 4
     async with httpx.AsyncClient(base_url=f"http://{release.head.ip}:8265") as dashboard:
         await eventually(lambda: release.is_running(dashboard), 120)
+    assert await release.replicas("Router") == routers, "the same instances as before"
     print(f"head: 4 streams and 20 requests went on, a new one had the application after {time.monotonic() - begin:.0f} s")
 
 

@@ -26,13 +26,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module")
-def url(ray_cluster: int, model: str) -> Iterator[str]:
+@pytest.fixture(scope="module", params=["STRICT_PACK", pytest.param("PACK", marks=pytest.mark.slow)])
+def url(ray_cluster: int, model: str, request: pytest.FixtureRequest) -> Iterator[str]:
     config: dict[str, Any] = {
         "model": model,
         "dtype": "float32",
         "served_model_name": "tiny",
         "tensor_parallel_size": 2,
+        "resources": {"placement": request.param},
         "num_kv_blocks": 200,
         "speculation": 3,
     }

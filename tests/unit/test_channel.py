@@ -5,6 +5,7 @@ import msgspec
 import pytest
 
 from tailserve.deployments.channel import Channel, serve_channel
+from tailserve.deployments.sockets import open_sockets
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -15,14 +16,15 @@ class Answer(msgspec.Struct, frozen=True):
     number: int
 
 
-def test_questions_are_answered_until_it_is_over(tmp_path: Path) -> None:
-    endpoint = f"ipc://{tmp_path}/channel"
-    here: Channel[Question, Answer] = Channel(endpoint, Answer, bind=True)
+@pytest.mark.parametrize("host", ["", "127.0.0.1"])
+def test_questions_are_answered_until_it_is_over(tmp_path: Path, host: str) -> None:
+    sockets = open_sockets(tmp_path, host)
+    here: Channel[Question, Answer] = Channel(sockets.endpoint("channel"), Answer, bind=True, key=sockets.secret_key)
     over = threading.Event()
     thread = threading.Thread(
         target=serve_channel,
-        args=(endpoint, Question, lambda question: Answer(question.number + 1)),
-        kwargs={"alive": lambda: not over.is_set()},
+        args=(here.endpoint, Question, lambda question: Answer(question.number + 1)),
+        kwargs={"alive": lambda: not over.is_set(), "key": sockets.public_key},
     )
     thread.start()
     assert here.wait_connected(10)
@@ -41,6 +43,18 @@ def test_a_message_to_nobody_is_refused(tmp_path: Path) -> None:
     assert not channel.send(Question(1))
     assert not channel.wait_connected(0.0)
     channel.close()
+
+
+def test_over_tcp_nobody_comes_in_without_the_key(tmp_path: Path) -> None:
+    sockets = open_sockets(tmp_path, "127.0.0.1")
+    here: Channel[Question, Answer] = Channel(sockets.endpoint("channel"), Answer, bind=True, key=sockets.secret_key)
+    keys = b"", open_sockets(tmp_path, "-").public_key
+    strangers = [Channel(here.endpoint, Question, bind=False, key=key) for key in keys]
+    assert not here.wait_connected(0.5)
+    guest: Channel[Answer, Question] = Channel(here.endpoint, Question, bind=False, key=sockets.public_key)
+    assert here.wait_connected(10)
+    for channel in (here, guest, *strangers):
+        channel.close()
 
 
 def test_what_is_not_of_the_declared_type_is_not_taken(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tailserve.deployments import draft
 from tailserve.deployments.draft import DraftLink, DraftOptions
+from tailserve.deployments.sockets import Sockets
 from tailserve.engine.speculation.drafter import DraftResult, DraftWork
 
 
@@ -48,7 +49,7 @@ class FakeProcess:
 @pytest.fixture
 def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DraftLink:
     monkeypatch.setattr(draft, "RETRY_S", 0.01)
-    link = DraftLink(DraftOptions(), directory=tmp_path, actor_options={}, load_timeout_s=1.0, hang_s=0.05)
+    link = DraftLink(DraftOptions(), sockets=Sockets(tmp_path), actor_options={}, load_timeout_s=1.0, hang_s=0.05)
     link.process = FakeProcess()  # type: ignore[assignment]
     link.start()
     link.process.started.clear()  # type: ignore[attr-defined]
