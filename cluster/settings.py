@@ -60,6 +60,8 @@ class Settings:
     """TAILSERVE_CACHE, else a folder of the user's cache: converted models."""
     ray_address: str | None
     """RAY_ADDRESS: an existing cluster to deploy on."""
+    api_key: str
+    """OPENAI_API_KEY, as OpenAI's own clients read it: what the client commands send."""
 
 
 def settings() -> Settings:
@@ -67,4 +69,5 @@ def settings() -> Settings:
     return Settings(
         cache_directory=Path(os.environ.get("TAILSERVE_CACHE") or user_cache / "tailserve"),
         ray_address=os.environ.get("RAY_ADDRESS") or None,
+        api_key=os.environ.get("OPENAI_API_KEY", ""),
     )

@@ -88,6 +88,10 @@ class Gate:
         self._tenants = [Tenant(config, num_ingresses, clock) for config in tenants]
         self._nobody = Tenant(TenantConfig.model_construct(name="", api_key_hashes=()), num_ingresses, clock)
 
+    @property
+    def needs_key(self) -> bool:
+        return bool(self._tenants)
+
     def identify(self, headers: Mapping[str, str]) -> Tenant:
         """The tenant whose key a request carries (`Authorization: Bearer KEY`). AuthenticationError if there is none."""
         if not self._tenants:

@@ -16,10 +16,10 @@ from typing import Any
 
 from tailserve.cluster import placement
 from tailserve.cluster.config import TailserveConfig, parse_config
-from tailserve.cluster.files import read_config_file
+from tailserve.cluster.files import read_config_file, with_tenants_of_file
 from tailserve.cluster.settings import prepare_serve, settings
 from tailserve.cluster.tenants import hash_key, new_key
-from tailserve.deployments import distill
+from tailserve.deployments import chat, distill
 from tailserve.deployments.bench import command as bench
 from tailserve.engine.errors import ConfigError, TailserveError
 
@@ -68,19 +68,37 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a model over the OpenAI API")
     serve.set_defaults(run=_serve)
-    serve.add_argument(
-        "model", nargs="?", help="directory or hub name of a transformers model (default: a small demo model)"
-    )
+    _add_configuration(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--port", type=_port, default=8000, help="port to listen on")
-    serve.add_argument("--config", help="YAML file with the fields of the configuration; flags win over it")
-    for flag, options in _FLAGS:
-        serve.add_argument(flag, default=argparse.SUPPRESS, **options)
+    check = commands.add_parser("check", help="say what a configuration would run where, and what memory it takes")
+    check.set_defaults(run=_check)
+    _add_configuration(check)
+    chat.add_arguments(commands.add_parser("chat", help="talk to a server in the terminal"))
     bench.add_arguments(commands.add_parser("bench", help="measure any OpenAI-compatible server under load"))
     distill.add_arguments(commands.add_parser("distill", help="make a draft for a model out of the model itself"))
     key = commands.add_parser("key", help="make an API key, and the hash of it that a configuration's tenants hold")
     key.set_defaults(run=_key)
     return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", help="directory or hub name of a transformers model (default: a small demo model)"
+    )
+    parser.add_argument("--config", help="YAML file with the fields of the configuration; flags win over it")
+    for flag, options in _FLAGS:
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+
+
+def _check(args: argparse.Namespace) -> int:
+    config = with_tenants_of_file(resolve_config(args))
+    # The model's own libraries take their time to import: after the arguments are known to be right.
+    from tailserve.deployments.check import describe
+
+    for line in describe(config):
+        sys.stdout.write(line + "\n")
+    return 0
 
 
 def _key(_: argparse.Namespace) -> int:
@@ -142,7 +160,9 @@ def _serve(args: argparse.Namespace) -> int:
         if not _wait_until_ready(url, stopped):
             return 1 if not stopped.is_set() else 0
         logger.info("ready: %s/v1 (POST /v1/chat/completions, model %s)", url, _served_name(config))
-        stopped.wait()
+        # A signal that another thread happened to take is handled here, once the main thread runs.
+        while not stopped.wait(1.0):
+            pass
         logger.info("shutting down")
         return 0
     finally:

@@ -60,6 +60,11 @@ class Conversations:
         self.get(tenant, response_id)
         self._drop(tenant, response_id)
 
+    def discard(self, tenant: str, response_id: str) -> None:
+        """Forgets a response, if there is one."""
+        if response_id in self._of(tenant):
+            self._drop(tenant, response_id)
+
     def drop_session(self, tenant: str, session_id: str) -> None:
         """Forgets all responses of a session."""
         stored = self._of(tenant)

@@ -49,13 +49,19 @@ class Choice:
     first_s: float | None = None
     """When its first token came, by the monotonic clock; None before."""
     last_s: float = 0.0
+    on_gap: Callable[[float], None] | None = None
+    """See `Generation.on_gap`."""
 
     def take(self, chunk: TokenChunk) -> Piece | None:
         """The piece a chunk adds; None if it adds nothing to show."""
         self.num_tokens += len(chunk.token_ids)
         if chunk.token_ids:
-            self.last_s = time.monotonic()
-            self.first_s = self.first_s or self.last_s
+            now = time.monotonic()
+            if self.first_s is None:
+                self.first_s = now
+            elif self.on_gap is not None:
+                self.on_gap(now - self.last_s)
+            self.last_s = now
         alone = 0 < self.num_tokens <= chunk.usage.prefix_tokens
         final = chunk.finish_reason is not None
         self.usage = chunk.usage
@@ -140,14 +146,20 @@ class Generation:
         self.on_complete: Callable[[Choice], None] | None = None
         """Called with each choice that was read to its end."""
         self.on_end: Callable[[Choice, FinishReason], None] | None = None
-        """Called with each choice that ended, and why, unless its client left."""
+        """Called with each choice that ended, and why."""
+        self.on_gap: Callable[[float], None] | None = None
+        """Called with the seconds from each piece to the next of its choice."""
 
     async def start(self) -> None:
         """Places all sequences. If one is refused, none runs."""
+        for choice in self.choices:
+            choice.on_gap = self.on_gap
         try:
             for choice in self.choices:
                 await self._client.submit(choice.request, self._queue)
         except BaseException:
+            # A refusal is no end.
+            self.on_end = None
             self.close()
             raise
 
@@ -165,6 +177,7 @@ class Generation:
                 if choice.finished:
                     continue
                 if chunk.finish_reason is FinishReason.ERROR:
+                    choice.finished = True
                     self._note_end(choice, FinishReason.ERROR)
                     raise InternalError(chunk.error or "the request could not be completed")
                 piece = choice.take(chunk)
@@ -197,6 +210,7 @@ class Generation:
             if not choice.finished:
                 choice.finished = True
                 self._client.cancel(choice.request.id)
+                self._note_end(choice, FinishReason.ABORT)
         while self.on_close:
             self.on_close.pop()()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from tailserve.deployments.http_answers import EventStreamResponse, answer_errors, read_body, respond
+from tailserve.deployments.http_playground import add_playground
 from tailserve.deployments.http_responses import add_response_routes
 from tailserve.deployments.openai import (
     AbortBody,
@@ -26,6 +28,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="tailserve", docs_url=None, redoc_url=None, openapi_url=None)
     answer_errors(app)
     add_response_routes(app, service)
+    add_playground(app, service)
 
     async def complete(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
         tenant = service.gate.identify(request.headers)
@@ -76,6 +79,10 @@ def create_app(service: Service) -> FastAPI:
     @app.delete("/v1/sessions/{session_id:path}")
     async def delete_session(session_id: str, request: Request) -> Response:
         return respond(await service.delete_session(session_id, service.gate.identify(request.headers)))
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response("" if service.metrics is None else await service.metrics(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/health")
     async def health() -> Response:

@@ -47,12 +47,19 @@ def answer_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_accident)
 
 
+EVENT_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def event_stream_of(events: AsyncIterator[bytes]) -> Response:
+    """Server-sent events of what does not end with its reader."""
+    return StreamingResponse(events, media_type="text/event-stream", headers=EVENT_STREAM_HEADERS)
+
+
 class EventStreamResponse(StreamingResponse):
     """Server-sent events of a generation that ends when the response does, even if nothing of it was ever read."""
 
     def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type="text/event-stream", headers=EVENT_STREAM_HEADERS)
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

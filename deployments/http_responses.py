@@ -11,7 +11,14 @@ from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.responses import Response
 
 from tailserve.deployments.auth import Tenant
-from tailserve.deployments.http_answers import MAX_BODY_BYTES, EventStreamResponse, error_of, read_body, respond
+from tailserve.deployments.http_answers import (
+    MAX_BODY_BYTES,
+    EventStreamResponse,
+    error_of,
+    event_stream_of,
+    read_body,
+    respond,
+)
 from tailserve.deployments.openai import check_fields, parse_body, read_object
 from tailserve.deployments.responder import Responder
 from tailserve.deployments.response_events import ResponseObject, response_events, server_sent
@@ -32,6 +39,9 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         service.ready_info()
         body = parse_body(ResponsesBody, await read_body(request))
         response = await responder.start(body, request.headers, tenant)
+        if body.background:
+            log = service.background.run(tenant.name, response)
+            return event_stream_of(log.read(-1)) if body.stream else respond(response.data())
         if body.stream:
             return EventStreamResponse(server_sent(response_events(response)), response.generation)
         async for _ in response_events(response):
@@ -40,7 +50,11 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/responses/{response_id}")
     async def get(response_id: str, request: Request) -> Response:
-        return respond(responder.get(response_id, service.gate.identify(request.headers)))
+        tenant = service.gate.identify(request.headers)
+        if request.query_params.get("stream", "").lower() in ("", "false", "0"):
+            return respond(responder.get(response_id, tenant))
+        after = _last_seen(request)
+        return event_stream_of(service.background.log(tenant.name, response_id).read(after))
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(response_id: str, request: Request) -> Response:
@@ -106,6 +120,8 @@ class Conversation:
             await self._sending
         self._service.ready_info()
         body = check_fields(ResponsesBody, fields)
+        if body.background:
+            raise InvalidRequestError("a response over a WebSocket ends with it: leave background out", param="background")
         self._response = await self._responder.start(body, self._socket.headers, self._tenant)
         self._sending = asyncio.create_task(self._send(self._response))
 
@@ -126,6 +142,17 @@ class Conversation:
         except (WebSocketDisconnect, RuntimeError):
             # Starlette's words for a client that has left; `receive` says so, too.
             logger.debug("a client left before %s", event["type"])
+
+
+def _last_seen(request: Request) -> int:
+    """The number of the last event that a reader who comes back has seen; -1: none."""
+    value, param = request.query_params.get("starting_after"), "starting_after"
+    if value is None:
+        value, param = request.headers.get("last-event-id", "-1"), "Last-Event-ID"
+    try:
+        return int(value)
+    except ValueError:
+        raise InvalidRequestError(f"{param} is {value!r}: give the number of an event", param=param) from None
 
 
 def _fields(text: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from ray import serve
+from ray.serve import metrics
 
 from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
@@ -18,6 +19,7 @@ from tailserve.deployments.client import RouterClient
 from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.http import create_app
 from tailserve.deployments.logs import log_with_serve
+from tailserve.deployments.metrics import Gatherer, Page
 from tailserve.deployments.models import model_name, resolve_model
 from tailserve.deployments.service import Service
 from tailserve.deployments.telemetry import RequestMetrics
@@ -26,6 +28,10 @@ from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.types import ModelInfo
 
 logger = logging.getLogger(__name__)
+
+
+METRICS_S = 2.0
+"""How long whoever asks for metrics waits for all replicas."""
 
 
 class ServeCalls:
@@ -53,9 +59,18 @@ class ServeCalls:
         results = await self._handle.broadcast("drop_session", tenant, session_id).results_async()
         return sum(results)
 
+    async def pages(self) -> list[str]:
+        return await pages_of(self._handle)
+
     async def status(self) -> dict[str, Any]:
         status: dict[str, Any] = await self._handle.status.remote()
         return status
+
+
+async def pages_of(handle: Any) -> list[str]:
+    """The metrics of a deployment's replicas, but of those that fail. TimeoutError if one does not answer."""
+    answers = await handle.broadcast("metrics").results_async(timeout_s=METRICS_S, return_exceptions=True)
+    return [answer for answer in answers if isinstance(answer, str)]
 
 
 @serve.ingress()
@@ -69,15 +84,30 @@ class Ingress:
         self._calls = ServeCalls(router)
         client = RouterClient(self._calls, parsed.timeouts, max_open=parsed.max_open_requests)
         name = parsed.served_model_name or model_name(parsed.model)
-        counts = RequestMetrics(name, {slo.name: slo for slo in parsed.classes()})
+        self._page = Page(metrics, model_name=name, instance=serve.get_replica_context().replica_id.unique_id)
+        counts = RequestMetrics(self._page, {slo.name: slo for slo in parsed.classes()})
         self._service = Service(parsed, text, client, name)
         self._service.note_end = counts.note
+        self._service.note_gap = counts.note_gap
+        self._service.metrics = Gatherer({"ingresses": self._ingress_pages, "instances": self._calls.pages}).text
         client.on_refusal = counts.note_refusal
+        self._alone = parsed.num_ingresses == 1
         keep_collector_out_of_steps()
         self._waiting = asyncio.get_event_loop().create_task(self._wait_for_model())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
+
+    async def metrics(self) -> str:
+        """This ingress' part of `/metrics`."""
+        return self._page.text()
+
+    async def _ingress_pages(self) -> list[str]:
+        return [self._page.text()] if self._alone else await pages_of(serve.get_deployment_handle("Ingress"))
+
+    async def __del__(self) -> None:
+        # Serve waits for requests that are open; nobody need have one open for these.
+        await self._service.background.finish()
 
     async def _wait_for_model(self) -> None:
         # The call stays pending until the first router replica has loaded its model.

@@ -10,9 +10,11 @@ import msgspec
 
 from tailserve.deployments.auth import Tenant
 from tailserve.deployments.conversations import StoredResponse
+from tailserve.deployments.headers import short_header
 from tailserve.deployments.response_events import ResponseObject
 from tailserve.deployments.responses_body import ResponsesBody
-from tailserve.deployments.service import Service, short_header
+from tailserve.deployments.service import Service
+from tailserve.engine.errors import InvalidRequestError
 
 
 class Responder:
@@ -27,6 +29,8 @@ class Responder:
         The turns of a conversation are one session, named by the first of them unless its client names it, or shares KV
         by a `prompt_cache_key`.
         """
+        if body.background and not body.store:
+            raise InvalidRequestError("background needs store: who comes back asks for what is stored", param="background")
         before = None
         if body.previous_response_id is not None:
             before = self._service.conversations.get(tenant.name, body.previous_response_id, "previous_response_id")
@@ -45,17 +49,24 @@ class Responder:
         return response
 
     def get(self, response_id: str, tenant: Tenant) -> dict[str, Any]:
-        """A stored response. NotFoundError if there is none (any more)."""
+        """A response in the background, or a stored one. NotFoundError if there is none (any more)."""
+        entry = self._service.background.find(tenant.name, response_id)
+        if entry is not None:
+            return entry.response.data()
         response: dict[str, Any] = msgspec.json.decode(self._service.conversations.get(tenant.name, response_id).encoded)
         return response
 
     def delete(self, response_id: str, tenant: Tenant) -> dict[str, Any]:
-        """Forgets a response; its session's KV blocks stay until they expire, or are deleted."""
-        self._service.conversations.drop(tenant.name, response_id)
+        """Forgets a response, and ends it if it goes on; its session's KV blocks stay until they expire, or are deleted."""
+        if self._service.background.find(tenant.name, response_id) is None:
+            self._service.conversations.drop(tenant.name, response_id)
+        else:
+            self._service.background.drop(tenant.name, response_id)
+            self._service.conversations.discard(tenant.name, response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     def _keep(self, tenant: Tenant, response: ResponseObject, messages: tuple[dict[str, str], ...]) -> None:
-        said = {"role": "assistant", "content": response.text}
+        said = [{"role": "assistant", "content": response.text}] if response.text else []
         encoded = msgspec.json.encode(response.data())
-        stored = StoredResponse(response.id, encoded, (*messages, said), response.session_id)
+        stored = StoredResponse(response.id, encoded, (*messages, *said), response.session_id)
         self._service.conversations.keep(tenant.name, stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from tailserve.deployments.responses import ResponseFormat, TextPosition
 from tailserve.deployments.responses_body import ResponsesBody
 from tailserve.engine.errors import TailserveError
 from tailserve.engine.types import FinishReason
+
+logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 
@@ -30,6 +33,8 @@ class ResponseObject:
     created_at: int = field(default_factory=lambda: int(time.time()))
     text: str = ""
     status: str = "in_progress"
+    stop_reason: int | str | None = None
+    """Which stop string, token or early stop ended it."""
     error: dict[str, str] | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     on_end: Callable[[], None] | None = None
@@ -55,8 +60,10 @@ class ResponseObject:
         return {
             "id": self.id,
             "object": "response",
+            "background": bool(body.background),
             "created_at": self.created_at,
             "status": self.status,
+            "stop_reason": self.stop_reason,
             "error": self.error,
             "incomplete_details": reason,
             "instructions": body.instructions,
@@ -88,7 +95,7 @@ class ResponseObject:
         self.logprobs += entries
         if piece.finish_reason is not None:
             ends = {FinishReason.STOP: "completed", FinishReason.LENGTH: "incomplete", FinishReason.ABORT: "cancelled"}
-            self.status = ends[piece.finish_reason]
+            self.status, self.stop_reason = ends[piece.finish_reason], piece.stop_reason
         return entries
 
     def _usage(self) -> dict[str, Any]:
@@ -104,7 +111,7 @@ class ResponseObject:
 
 
 async def response_events(response: ResponseObject) -> AsyncIterator[Event]:
-    """All events of a response, numbered. An error after the first is an event, too."""
+    """All events of a response, numbered. Whatever goes wrong after the first is an event, too."""
     number = -1
 
     def event(kind: str, **fields: Any) -> Event:
@@ -123,13 +130,17 @@ async def response_events(response: ResponseObject) -> AsyncIterator[Event]:
             logprobs = response.take(piece, position)
             if piece.text or logprobs:
                 yield event("output_text.delta", **place, delta=piece.text, logprobs=logprobs)
-    except TailserveError as error:
+    except Exception as error:
+        if not isinstance(error, TailserveError):
+            logger.exception("response %s failed", response.id)
+        message = error.message if isinstance(error, TailserveError) else f"internal error: {type(error).__name__}"
         response.status = "failed"
-        response.error = {"code": "server_error", "message": error.message}
-        yield event("failed", response=response.data())
-        return
+        response.error = {"code": "server_error", "message": message}
     if response.on_end is not None:
         response.on_end()
+    if response.status == "failed":
+        yield event("failed", response=response.data())
+        return
     yield event("output_text.done", **place, text=response.text, logprobs=response.logprobs)
     yield event("content_part.done", **place, part=response.part())
     yield event("output_item.done", output_index=0, item=response.item())
@@ -139,4 +150,5 @@ async def response_events(response: ResponseObject) -> AsyncIterator[Event]:
 async def server_sent(events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
     """Events as they go over HTTP."""
     async for event in events:
-        yield b"event: " + event["type"].encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+        head = f"id: {event['sequence_number']}\nevent: {event['type']}\ndata: "
+        yield head.encode() + msgspec.json.encode(event) + b"\n\n"

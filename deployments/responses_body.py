@@ -55,8 +55,9 @@ class ResponsesBody(GenerationBody):
     """What other answers than ours have is left out."""
     store: bool = True
     n: Literal[1] = 1
+    background: bool | None = None
+    """The response goes on without its reader."""
     # Accepted where they ask for nothing.
-    background: Literal[False] | None = None
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
     max_tool_calls: int | None = None

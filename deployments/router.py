@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import ray
 from ray import serve
+from ray.serve import metrics
 
 from tailserve.cluster import placement
 from tailserve.cluster.affinity import Placing
@@ -23,25 +24,20 @@ from tailserve.deployments.draft import DraftLink, DraftOptions
 from tailserve.deployments.draft_kinds import plan_draft
 from tailserve.deployments.logs import log_with_serve
 from tailserve.deployments.loop import EngineLoop
-from tailserve.deployments.models import model_name, resolve_model
+from tailserve.deployments.metrics import Page
+from tailserve.deployments.models import model_name
 from tailserve.deployments.process import ModelProcess
+from tailserve.deployments.sizes import engine_settings, load_options
 from tailserve.deployments.sockets import open_sockets
 from tailserve.deployments.streams import ORPHAN_S, Outboxes
 from tailserve.deployments.telemetry import InstanceMetrics
 from tailserve.deployments.verifier import VerifierExecutor
-from tailserve.engine.config import EngineConfig
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import NotReadyError, TailserveError
-from tailserve.engine.options import LoadOptions
 from tailserve.engine.slo import guarded_classes
-from tailserve.engine.types import ModelInfo, Request
+from tailserve.engine.types import Request
 
 logger = logging.getLogger(__name__)
-
-
-_CPU_MIXED_TOKENS = 48
-"""Where every token costs time. Beside generating sequences prompts are read as fast in small chunks as in large ones, since
-the weights are read for the others anyway."""
 
 
 class Router:
@@ -64,7 +60,8 @@ class Router:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
         keep_collector_out_of_steps()
-        self._metrics = InstanceMetrics(self._config.served_model_name or model_name(self._config.model))
+        name = self._config.served_model_name or model_name(self._config.model)
+        self._metrics = InstanceMetrics(Page(metrics, model_name=name, instance=self._instance))
         self._sweeper = asyncio.create_task(self._sweep())
 
     def _start(self) -> None:
@@ -153,6 +150,10 @@ class Router:
             "step_time_error": dict(zip(("p50", "p99"), self._engine.prediction_errors(), strict=True)),
         }
 
+    async def metrics(self) -> str:
+        """This instance's part of `/metrics`."""
+        return self._metrics.text(self._engine)
+
     async def processes(self) -> dict[str, int]:
         """Process ids of the model processes, by name."""
         wanted: list[ModelProcess[Any, Any]] = [*self._executor.processes]
@@ -196,57 +197,10 @@ class Router:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(ORPHAN_S / 2)
-            self._metrics.note(self._engine.gauges())
+            self._metrics.note(self._engine)
             for ingress in self._outboxes.orphans():
                 logger.warning("ingress %s is gone; its requests end", ingress)
                 self._loop.abort_ingress(ingress)
-
-
-def load_options(config: TailserveConfig) -> LoadOptions:
-    """How the verifier loads its model."""
-    return LoadOptions(
-        path=str(resolve_model(config.model)),
-        dtype=config.dtype,
-        quantization=config.quantization,
-        device=config.device,
-        attention_backend=config.attention_backend,
-        max_model_len=config.max_model_len,
-        block_size=config.block_size,
-        num_blocks=config.num_kv_blocks,
-        host_bytes=int(config.kv_offloading_size * (1 << 30)),
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        max_num_seqs=config.max_num_seqs,
-        num_threads=config.cpu_threads,
-        tensor_parallel_size=config.tensor_parallel_size,
-    )
-
-
-def engine_settings(config: TailserveConfig, info: ModelInfo, *, num_outcomes: int = 0) -> EngineConfig:
-    """The engine's configuration, once the model is known. ConfigError for sizes that cannot work together.
-
-    `num_outcomes`: see there.
-    """
-    mixed = config.max_mixed_tokens or (_CPU_MIXED_TOKENS if info.device == "cpu" else config.max_num_batched_tokens)
-    return EngineConfig(
-        classes=config.classes(),
-        scheduling_policy=config.scheduling_policy,
-        max_wait_s=config.max_wait_s,
-        max_mixed_tokens=mixed,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=info.max_model_len,
-        num_blocks=info.num_blocks,
-        num_host_blocks=info.num_host_blocks,
-        block_size=info.block_size,
-        enable_prefix_caching=config.enable_prefix_caching,
-        session_ttl_s=config.session_ttl_s,
-        session_share=config.session_share,
-        step_profile=info.step_profile,
-        num_outcomes=num_outcomes,
-        draft_branches=config.draft_branches,
-        sampled_drafts=config.verification != "one_hot",
-        draft_timeout_s=config.timeouts.draft_s,
-    )
 
 
 def deployment(config: TailserveConfig) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -14,9 +14,11 @@ import msgspec
 from tailserve.cluster.config import TailserveConfig
 from tailserve.cluster.early_stop import EarlyStopConfig
 from tailserve.deployments.auth import Gate, Tenant
+from tailserve.deployments.background import Background
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.conversations import Conversations
 from tailserve.deployments.generation import Choice, Generation
+from tailserve.deployments.headers import short_header, timeout_of
 from tailserve.deployments.openai import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from tailserve.deployments.public import PublicPrefixes
 from tailserve.deployments.responses import ResponseFormat
@@ -35,7 +37,7 @@ class Service:
     """The API's logic. `model_info` is None while no instance has loaded the model."""
 
     def __init__(self, config: TailserveConfig, text: TextModel, client: RouterClient, model: str) -> None:
-        self._config = config
+        self.config = config
         self._classes = {slo.name: slo for slo in config.classes()}
         self._early_stops = {slo.name: slo.early_stop for slo in config.slo_classes}
         self._text = text
@@ -43,11 +45,16 @@ class Service:
         self._running: dict[tuple[str, str], list[Generation]] = {}
         """Tenant and request id to what is under way."""
         self.conversations = Conversations()
+        self.background = Background()
         self._turns = Turns()
         self._splits = text.reads_in_parts()
         self._public = PublicPrefixes(text, config.public_prefixes)
         self.note_end: Callable[[Choice, FinishReason], None] | None = None
         """See `Generation.on_end`."""
+        self.note_gap: dict[str, Callable[[float], None]] = {}
+        """Class to what is told of each pause between pieces."""
+        self.metrics: Callable[[], Awaitable[str]] | None = None
+        """Those of all processes, as a page of text."""
         self.gate = Gate(config.tenants, num_ingresses=config.num_ingresses)
         self.model = model
         self.model_info: ModelInfo | None = None
@@ -81,7 +88,7 @@ class Service:
         arrived = time.monotonic()
         info = self.ready_info()
         self._check_model(body.model)
-        slo_class = tenant.choose_class(self._asked_class(body, headers), self._config.default_class)
+        slo_class = tenant.choose_class(self._asked_class(body, headers), self.config.default_class)
         request_id = body.request_id or short_header(headers, "x-request-id", 128) or uuid.uuid4().hex
         session = body.session_id or short_header(headers, "x-session-id", 256)
         scope = sharing_scope(
@@ -98,7 +105,7 @@ class Service:
                 f"{len(prompts)} prompts with n={body.n} are {len(choices)} answers; at most {MAX_CHOICES} in one request",
                 param="n",
             )
-        timeout_s = _timeout(headers)
+        timeout_s = timeout_of(headers)
         requests = []
         unique = uuid.uuid4().hex
         for index, prompt in enumerate(choices):
@@ -128,7 +135,7 @@ class Service:
             early_stop=self._early_stop(body, slo_class),
             show_logprobs=body.top_logprobs_count() is not None,
         )
-        generation.on_end = self.note_end
+        generation.on_end, generation.on_gap = self.note_end, self.note_gap.get(slo_class)
         if text is not None and scope is not None and self._splits:
             generation.on_complete = lambda choice: self._remember(scope, text, choice)
         return request_id, generation
@@ -143,6 +150,7 @@ class Service:
         """Frees what is kept of a tenant's session, wherever. Requests of it that run go on."""
         self._turns.drop_all(lambda scope: belongs_to_session(scope, tenant.name, session_id))
         self.conversations.drop_session(tenant.name, session_id)
+        self.background.drop_session(tenant.name, session_id)
         count = await self._client.drop_session(tenant.name, session_id)
         return {"id": session_id, "object": "session", "deleted": True, "kv_blocks": count}
 
@@ -213,13 +221,13 @@ class Service:
                     f"X-SLO-Class is {name!r}; this server has {', '.join(self._classes)}", param="X-SLO-Class"
                 )
             return name
-        default = self._config.default_class
+        default = self.config.default_class
         if body.service_tier is not None:
-            name = self._config.service_tiers.get(body.service_tier, default)
+            name = self.config.service_tiers.get(body.service_tier, default)
             # Where these mean the default they name no class: a tenant's own may be taken.
             return None if name == default and body.service_tier in ("auto", "default") else name
         if body.priority is not None and body.priority < 0:
-            return self._config.urgent_class
+            return self.config.urgent_class
         return None
 
     async def _prompts(self, body: ChatBody | CompletionBody, scope: str | None) -> tuple[str | None, list[tuple[int, ...]]]:
@@ -271,26 +279,3 @@ def _too_long(num_tokens: str, limit: int) -> InvalidRequestError:
         param="prompt",
         code="context_length_exceeded",
     )
-
-
-def short_header(headers: Mapping[str, str], name: str, limit: int) -> str | None:
-    """A header's value, if there is one. InvalidRequestError if it is longer than `limit`."""
-    value = headers.get(name)
-    if value is not None and len(value) > limit:
-        raise InvalidRequestError(f"{name} has {len(value)} characters, at most {limit} are allowed", param=name)
-    return value
-
-
-def _timeout(headers: Mapping[str, str]) -> float | None:
-    value = headers.get("x-request-timeout-seconds")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise InvalidRequestError(
-            f"x-request-timeout-seconds is {value!r}: give a positive number", param="x-request-timeout-seconds"
-        )
-    return seconds

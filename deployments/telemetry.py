@@ -1,87 +1,131 @@
-"""What tailserve counts, as metrics of Ray: each node exports them at its metrics port, as ray_tailserve_...
+"""What tailserve counts. Names are those of vLLM where it has the same thing.
 
-Names are those of vLLM where it has the same thing. Labels are bounded: the model, the class, and what Serve adds: the
-application, the deployment and its replica.
+Labels are bounded: the model, the class, an end's or a refusal's reason, the instance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from ray.serve import metrics
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from tailserve.deployments.generation import Choice
+from tailserve.deployments.metrics import Metric, Page, buckets
+from tailserve.engine.engine import Engine
 from tailserve.engine.errors import InvalidRequestError, QueueFullError, TailserveError
-from tailserve.engine.stats import EngineGauges
 from tailserve.engine.types import FinishReason, Request, SloClass
 
-TTFT_S = [0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5, 8, 13, 21, 34, 60, 120]
-TPOT_S = [0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2]
+REQUEST_S = buckets(0.001, 300)
+TOKEN_S = buckets(0.0005, 20)
 
 
 class RequestMetrics:
     """Of an ingress: how its requests went, as their users felt it."""
 
-    def __init__(self, model: str, classes: Mapping[str, SloClass]) -> None:
-        labels: Any = ("model_name", "slo_class")
-        self._model, self._classes = model, classes
-        self._attained = metrics.Counter(
-            "tailserve_slo_attained", "Answers whose first token and pace met their class's targets", labels
+    def __init__(self, page: Page, classes: Mapping[str, SloClass]) -> None:
+        self.page, self._classes = page, classes
+        self._attained = page.counter(
+            "slo_attained", "Answers whose first token and pace met their class's targets", "slo_class"
         )
-        self._missed = metrics.Counter("tailserve_slo_missed", "Answers that missed one of them, or failed", labels)
-        self._refused = metrics.Counter(
-            "tailserve_admission_rejections", "Requests that no instance took", (*labels, "reason")
+        self._missed = page.counter("slo_missed", "Answers that missed one of them, or failed", "slo_class")
+        self._refused = page.counter("admission_rejections", "Requests that no instance took", "slo_class", "reason")
+        self._ended = page.counter("request_success", "Answers that ended, by how", "slo_class", "finished_reason")
+        self._ttft = page.histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token", REQUEST_S, "slo_class"
         )
-        self._ttft = metrics.Histogram(
-            "tailserve_time_to_first_token_seconds", "From a request's arrival to its first token", TTFT_S, labels
+        self._tpot = page.histogram(
+            "request_time_per_output_token_seconds", "Of an answer, behind its first token", TOKEN_S, "slo_class"
         )
-        self._tpot = metrics.Histogram(
-            "tailserve_request_time_per_output_token_seconds", "Of an answer, behind its first token", TPOT_S, labels
+        gap = page.histogram("inter_token_latency_seconds", "From one piece to the next", TOKEN_S, "slo_class")
+        self.note_gap = {name: gap.observer(slo_class=name) for name in classes}
+        """Class to what is told of each pause between pieces; not for Ray, where that would cost too much."""
+        self._whole = page.histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to its last token", REQUEST_S, "slo_class"
         )
+        ttft = page.gauge("slo_ttft_target_seconds", "What a class asks for", "slo_class")
+        tpot = page.gauge("slo_tpot_target_seconds", "What a class asks for", "slo_class")
+        for slo in classes.values():
+            ttft.set(slo.ttft_s, slo_class=slo.name)
+            tpot.set(slo.tpot_s, slo_class=slo.name)
+            # What has not counted yet is 0, not absent.
+            self._attained.inc(0, slo_class=slo.name)
+            self._missed.inc(0, slo_class=slo.name)
 
     def note_refusal(self, request: Request, error: TailserveError) -> None:
         """No instance took a request. Where that is no fault of its class being full, it missed its targets."""
-        labels = self._labels(request.slo_class)
-        self._refused.inc(1, labels | {"reason": error.code})
+        self._refused.inc(slo_class=request.slo_class, reason=error.code)
         if not isinstance(error, QueueFullError | InvalidRequestError):
-            self._missed.inc(1, labels)
+            self._missed.inc(slo_class=request.slo_class)
 
     def note(self, choice: Choice, reason: FinishReason) -> None:
-        """A choice ended. One that its client gave up says nothing."""
+        """A choice ended. What its client gave up says nothing of its pace."""
+        slo = self._classes[choice.request.slo_class]
+        self._ended.inc(slo_class=slo.name, finished_reason=reason)
         if reason is FinishReason.ABORT:
             return
-        slo = self._classes[choice.request.slo_class]
-        labels = self._labels(slo.name)
         ttft_s, in_time = choice.ttft_s, False
         if ttft_s is not None:
-            self._ttft.observe(ttft_s, labels)
-            self._tpot.observe(choice.tpot_s, labels)
+            self._ttft.observe(ttft_s, slo_class=slo.name)
+            self._tpot.observe(choice.tpot_s, slo_class=slo.name)
+            self._whole.observe(ttft_s + choice.last_s - (choice.first_s or 0.0), slo_class=slo.name)
             in_time = ttft_s <= slo.ttft_s and choice.tpot_s <= slo.tpot_s
-        (self._attained if in_time and reason is not FinishReason.ERROR else self._missed).inc(1, labels)
+        met = in_time and reason is not FinishReason.ERROR
+        (self._attained if met else self._missed).inc(slo_class=slo.name)
 
-    def _labels(self, slo_class: str) -> dict[str, str]:
-        return {"model_name": self._model, "slo_class": slo_class}
+
+class Reading(NamedTuple):
+    """A value that an engine knows by itself."""
+
+    name: str
+    text: str
+    value: float
+    slo_class: str | None = None
+    counter: bool = True
+
+
+def readings(engine: Engine) -> Iterator[Reading]:
+    """All of them, as of its last step."""
+    stats, gauges = engine.stats, engine.gauges()
+    yield Reading("engine_steps", "Steps that were made", stats.steps)
+    yield Reading("verifier_seconds", "Time the verifier spent on them", stats.verifier_seconds)
+    yield Reading("prompt_tokens", "Prompt tokens of requests that started", stats.prompt_tokens)
+    yield Reading("generation_tokens", "Tokens generated", stats.generated_tokens)
+    yield Reading("prefix_cache_queries", "Tokens looked up in the prefix cache", stats.prefix_cache_queries)
+    yield Reading("prefix_cache_hits", "Those of them that were found", stats.prefix_cache_hits)
+    yield Reading("num_preemptions", "Sequences that lost their slot for a while", stats.preemptions)
+    yield Reading("spec_decode_num_draft_tokens", "Draft tokens verified", stats.draft_tokens)
+    yield Reading("spec_decode_num_accepted_tokens", "Those of them that held", stats.accepted_draft_tokens)
+    yield Reading("draft_timeouts", "Steps that the draft was too late for", stats.draft_timeouts)
+    yield Reading("executor_restarts", "Verifiers started anew", stats.executor_restarts)
+    yield Reading("num_requests_running", "Sequences that have a slot", gauges.num_running, counter=False)
+    yield Reading("num_requests_waiting", "Sequences that wait for one", gauges.num_waiting, counter=False)
+    yield Reading("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1", gauges.kv_cache_usage, counter=False)
+    yield Reading("host_kv_cache_usage_perc", "The same of the second tier's", gauges.host_kv_cache_usage, counter=False)
+    for name, pace in engine.paces().items():
+        yield Reading("batch_cap", "Sequences that keep a class's pace", pace.cap, name, counter=False)
 
 
 class InstanceMetrics:
-    """Of a router: how full its instance is."""
+    """Of a router: what its engine says of itself."""
 
-    def __init__(self, model: str) -> None:
-        self._labels = {"model_name": model}
-        self._running, self._waiting, self._kv, self._host_kv = (
-            metrics.Gauge(f"tailserve_{name}", text, ("model_name",))
-            for name, text in (
-                ("num_requests_running", "Sequences that have a slot"),
-                ("num_requests_waiting", "Sequences that wait for one"),
-                ("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1"),
-                ("host_kv_cache_usage_perc", "The same of the second tier's"),
-            )
-        )
+    def __init__(self, page: Page) -> None:
+        self._page = page
+        self._metrics: dict[str, Metric] = {}
+        self._counted: dict[str, float] = {}
 
-    def note(self, gauges: EngineGauges) -> None:
+    def note(self, engine: Engine) -> None:
         """Takes the state of the moment."""
-        self._running.set(gauges.num_running, self._labels)
-        self._waiting.set(gauges.num_waiting, self._labels)
-        self._kv.set(gauges.kv_cache_usage, self._labels)
-        self._host_kv.set(gauges.host_kv_cache_usage, self._labels)
+        for reading in readings(engine):
+            labels = {} if reading.slo_class is None else {"slo_class": reading.slo_class}
+            if reading.name not in self._metrics:
+                make = self._page.counter if reading.counter else self._page.gauge
+                self._metrics[reading.name] = make(reading.name, reading.text, *labels)
+            if reading.counter:
+                self._metrics[reading.name].inc(reading.value - self._counted.get(reading.name, 0.0), **labels)
+                self._counted[reading.name] = reading.value
+            else:
+                self._metrics[reading.name].set(reading.value, **labels)
+
+    def text(self, engine: Engine) -> str:
+        """The page of the moment."""
+        self.note(engine)
+        return self._page.text()

@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 
+from tailserve.cluster.settings import settings
 from tailserve.deployments.bench.load import Client, Sample, Workload, closed_loop, open_loop
 from tailserve.deployments.bench.report import attainment, plot_tails, summarize, table
 from tailserve.engine.errors import ConfigError
@@ -26,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("url", help="an OpenAI-compatible server, for example http://127.0.0.1:8000")
     parser.add_argument("--model", help="the model to ask for (default: the first of /v1/models)")
+    parser.add_argument(
+        "--api-key",
+        default=settings().api_key,
+        help="where the server asks for one (default: OPENAI_API_KEY)",
+    )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="users of the closed loop")
     parser.add_argument("--requests", type=int, default=4, help="requests of each user of the closed loop")
     parser.add_argument("--rate", type=float, nargs="+", help="an open loop instead: requests a second, a quarter critical")
@@ -69,7 +75,7 @@ def _check(args: argparse.Namespace) -> None:
 async def _measure(args: argparse.Namespace) -> tuple[dict[str, list[Sample]], list[dict[str, Any]]]:
     groups: dict[str, list[Sample]] = {}
     rows: list[dict[str, Any]] = []
-    async with Client(args.url, args.model) as client:
+    async with Client(args.url, args.model, api_key=args.api_key) as client:
         warmup = Workload("warm-up", args.prompt_tokens, min(args.output_tokens, 8), vocab_size=args.vocab_size)
         await closed_loop(client, warmup, concurrency=2, requests=2, seed=args.seed - 1)
         for load in args.rate or args.concurrency:

@@ -99,15 +99,20 @@ _decode = msgspec.json.Decoder(_Event).decode
 class Client:
     """One server. Use as an asynchronous context."""
 
-    def __init__(self, url: str, model: str | None = None, *, read_timeout_s: float = READ_TIMEOUT_S) -> None:
+    def __init__(
+        self, url: str, model: str | None = None, *, api_key: str = "", read_timeout_s: float = READ_TIMEOUT_S
+    ) -> None:
         """`read_timeout_s`: a stream that is silent for this long has failed."""
         self._read_timeout_s = read_timeout_s
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.url = url.rstrip("/").removesuffix("/v1")
         self._model = model
 
     async def __aenter__(self) -> Client:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=self._read_timeout_s)
-        self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+        self._session = aiohttp.ClientSession(
+            timeout=timeout, connector=aiohttp.TCPConnector(limit=0), headers=self._headers
+        )
         try:
             if self._model is None:
                 async with self._session.get(f"{self.url}/v1/models") as response:

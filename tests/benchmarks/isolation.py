@@ -34,7 +34,7 @@ async def measure(contestant: Contestant, keys: dict[str, str], args: argparse.N
     chance = random.Random(7)
     found: dict[str, list[tuple[int, float]]] = {who: [] for who in ASKED_BY}
     with contestant.awake() as url:
-        async with Client(url) as client:
+        async with Client(url, api_key=keys["a"]) as client:
 
             async def ask(who: str, prompt: str, tenant: str, session: str) -> None:
                 headers = {"Authorization": f"Bearer {keys[tenant]}", "X-Session-ID": session}

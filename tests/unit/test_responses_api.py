@@ -78,7 +78,7 @@ async def test_stored_responses_are_found_until_they_are_deleted(edge: Edge) -> 
         ({"input": "hi", "tools": [{"type": "web_search"}]}, "tools"),
         ({"input": "hi", "speed": 1}, "speed"),
         ({"input": [{"role": "robot", "content": "hi"}]}, "input.0.role"),
-        ({"input": "hi", "background": True}, "background"),
+        ({"input": "hi", "background": True, "store": False}, "background"),
     ],
 )
 async def test_bad_input_is_refused_by_name(edge: Edge, body: dict[str, Any], param: str) -> None:

@@ -1,0 +1,55 @@
+"""The playground: a web page on the server's own API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from tailserve.deployments.http_answers import respond
+from tailserve.deployments.service import Service
+
+FOLDER = Path(__file__).parent / "playground"
+HEADERS = {
+    # Nothing from elsewhere, and nothing that an answer of the model brings along.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def add_playground(app: FastAPI, service: Service) -> None:
+    """`/` and what it loads. It has no rights of its own: with tenants it asks for an API key."""
+
+    @app.get("/")
+    async def page() -> Response:
+        return FileResponse(FOLDER / "index.html", headers=HEADERS)
+
+    @app.get("/playground/settings")
+    async def settings() -> Response:
+        config = service.config
+        return respond(
+            {
+                "model": service.model,
+                "classes": [slo.name for slo in config.classes()],
+                "needs_key": service.gate.needs_key,
+                # With several, who comes back may meet another one.
+                "one_ingress": config.num_ingresses == 1,
+            }
+        )
+
+    app.mount("/playground", _Files(directory=FOLDER))
+
+
+class _Files(StaticFiles):
+    """With the page's own headers: what it loads must be of its version."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(HEADERS)
+        return response
