@@ -115,6 +115,10 @@ class TailserveConfig(_Strict):
 
     model: str | None = Field(default=None, description="directory or hub name; none serves the demo model")
     served_model_name: str | None = Field(default=None, description="the name clients use; default: the model's")
+    otlp_traces_endpoint: str | None = Field(
+        default=None,
+        description="URL of a collector that takes OTLP over HTTP; default: as OpenTelemetry's own variables say, else none",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: Literal["none", "int8"] = Field(
         default="none", description="int8: weights and activations of the verifier's products, on CPUs"

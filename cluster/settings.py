@@ -60,6 +60,10 @@ class Settings:
     """TAILSERVE_CACHE, else a folder of the user's cache: converted models."""
     ray_address: str | None
     """RAY_ADDRESS: an existing cluster to deploy on."""
+    otlp_traces_endpoint: str | None
+    """OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, else OTEL_EXPORTER_OTLP_ENDPOINT with its path for traces."""
+    otel_service_name: str | None
+    """OTEL_SERVICE_NAME"""
     api_key: str
     """OPENAI_API_KEY, as OpenAI's own clients read it: what the client commands send."""
 
@@ -69,5 +73,12 @@ def settings() -> Settings:
     return Settings(
         cache_directory=Path(os.environ.get("TAILSERVE_CACHE") or user_cache / "tailserve"),
         ray_address=os.environ.get("RAY_ADDRESS") or None,
+        otlp_traces_endpoint=_traces_endpoint(),
+        otel_service_name=os.environ.get("OTEL_SERVICE_NAME") or None,
         api_key=os.environ.get("OPENAI_API_KEY", ""),
     )
+
+
+def _traces_endpoint() -> str | None:
+    own, base = (os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") for name in ("TRACES_ENDPOINT", "ENDPOINT"))
+    return own or (f"{base.rstrip('/')}/v1/traces" if base else None)

@@ -44,6 +44,7 @@ _FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--kv-offloading-size", {"help": "GiB of host memory for sessions' KV (default: none)", "type": float}),
     ("--tensor-parallel-size", {"help": "processes, each on a GPU, that share the verifier's layers", "type": int}),
     ("--gpu-memory-utilization", {"help": "share of a GPU's memory to use, 0 to 1", "type": float}),
+    ("--otlp-traces-endpoint", {"help": "URL of a collector that traces go to, http://host:4318/v1/traces say"}),
     ("--served-model-name", {"help": "the name clients use"}),
     ("--cpu-threads", {"help": "threads of the verifier (default: all cores)", "type": int}),
 ]

@@ -14,6 +14,7 @@ import msgspec
 from tailserve.deployments.channel import Channel, Inlet
 from tailserve.deployments.process import ModelActor, ModelProcess
 from tailserve.deployments.sockets import Sockets
+from tailserve.deployments.tracing import RowSpans, open_tracer
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import DraftResult, DraftWork, StateMessage
 from tailserve.engine.speculation.ngram import NgramDrafter
@@ -40,6 +41,8 @@ class DraftOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where the verifier's states come in."""
     verifier: str = ""
     """Directory of the verifier, whose vocabulary a model may not share."""
+    traces_endpoint: str | None = None
+    """Of a collector; None: nothing is traced."""
     max_num_batched_tokens: int = 512
     verifier_num_blocks: int = 0
 
@@ -51,8 +54,13 @@ class DraftActor(ModelActor[DraftOptions, None]):
 
     def prepare(self, options: DraftOptions) -> tuple[None, Callable[[DraftWork], DraftResult]]:
         """Loads what the draft is made of. ConfigError if it does not fit the verifier."""
+        run = self._load(options)
+        tracer = open_tracer(options.traces_endpoint, "draft")
+        return None, run if tracer is None else _traced(run, RowSpans(tracer, "draft"))
+
+    def _load(self, options: DraftOptions) -> Callable[[DraftWork], DraftResult]:
         if options.kind == "ngram":
-            return None, NgramDrafter().run
+            return NgramDrafter().run
         assert options.load is not None
         # The router that defines this actor imports no torch.
         if options.kind == "model":
@@ -61,7 +69,7 @@ class DraftActor(ModelActor[DraftOptions, None]):
             drafter = load_drafter(
                 options.load, verifier=options.verifier, max_num_batched_tokens=options.max_num_batched_tokens
             )
-            return None, drafter.run
+            return drafter.run
         from tailserve.engine.model.combined_drafter import CombinedDrafter
         from tailserve.engine.model.eagle_loading import load_eagle_drafter
 
@@ -76,7 +84,20 @@ class DraftActor(ModelActor[DraftOptions, None]):
                     break
             return combined.run(work)
 
-        return None, answer
+        return answer
+
+
+def _traced(run: Callable[[DraftWork], DraftResult], spans: RowSpans) -> Callable[[DraftWork], DraftResult]:
+    def run_and_note(work: DraftWork) -> DraftResult:
+        spans.leave(work.leaves)
+        for row in work.rows:
+            spans.join(row.row, row.traceparent)
+        begin = time.perf_counter()
+        result = run(work)
+        spans.note((row.row for row in work.rows), time.perf_counter() - begin)
+        return result
+
+    return run_and_note
 
 
 class DraftLink:

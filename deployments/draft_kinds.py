@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from tailserve.cluster.config import NEEDS_MODEL, TailserveConfig
+from tailserve.cluster.settings import settings
 from tailserve.deployments.draft import DraftOptions
 from tailserve.deployments.models import resolve_model
 from tailserve.deployments.verifier import VerifierOptions
@@ -37,17 +38,22 @@ def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) ->
     options = msgspec.structs.replace(options, host_bytes=0, tensor_parallel_size=1)
     if config.drafts and config.draft_branches > 1:
         load = msgspec.structs.replace(load, num_spare_blocks=spare_blocks(options.block_size))
-    verifier = VerifierOptions(load=load, block_verification=config.verification == "block")
+    traces = config.otlp_traces_endpoint or settings().otlp_traces_endpoint
+    verifier = VerifierOptions(load=load, block_verification=config.verification == "block", traces_endpoint=traces)
     if not config.drafts:
         return DraftPlan(verifier, None)
     folder = find_draft(config)
     if folder is None:
-        return DraftPlan(verifier, DraftOptions())
+        return DraftPlan(verifier, DraftOptions(traces_endpoint=traces))
     description = json.loads((folder / "config.json").read_text())
     if description.get("model_type") != EAGLE_MODEL_TYPE:
         load = msgspec.structs.replace(options, path=str(folder), noise=config.draft_noise, num_blocks=None)
         draft = DraftOptions(
-            kind="model", load=load, verifier=options.path, max_num_batched_tokens=config.max_num_batched_tokens
+            kind="model",
+            load=load,
+            verifier=options.path,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            traces_endpoint=traces,
         )
         return DraftPlan(verifier, draft, config.num_outcomes)
     if config.has_prefixes:
@@ -61,5 +67,5 @@ def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) ->
     layers = tuple(description["feature_layers"])
     return DraftPlan(
         msgspec.structs.replace(verifier, feature_layers=layers, states_endpoint=endpoint),
-        DraftOptions(kind="eagle", load=options, folder=str(folder), states_endpoint=endpoint),
+        DraftOptions(kind="eagle", load=options, folder=str(folder), states_endpoint=endpoint, traces_endpoint=traces),
     )

@@ -6,13 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tailserve.cluster.early_stop import EarlyStopConfig
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.early_stop import EarlyStop
 from tailserve.deployments.text import Detokenizer, StopStrings, TextModel
 from tailserve.engine.errors import InternalError
-from tailserve.engine.types import FinishReason, Request, TokenChunk, TokenLogprob, Usage
+from tailserve.engine.types import FinishReason, Request, Timeline, TokenChunk, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from tailserve.deployments.request_span import RequestSpan
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Choice:
     said: str = ""
     """The text so far."""
     finished: bool = False
+    ended: FinishReason | None = None
+    """Why; None while it grows."""
+    timeline: Timeline | None = None
+    """What its instance says of it at the end."""
     cut: bool = False
     """It ended before its last token."""
     usage: Usage = field(default_factory=Usage)
@@ -64,7 +72,7 @@ class Choice:
             self.last_s = now
         alone = 0 < self.num_tokens <= chunk.usage.prefix_tokens
         final = chunk.finish_reason is not None
-        self.usage = chunk.usage
+        self.usage, self.timeline = chunk.usage, chunk.timeline
         # A stop token is not part of the answer.
         shown = chunk.token_ids[:-1] if chunk.finish_reason is FinishReason.STOP else chunk.token_ids
         text, early, num_read = self._read(shown, chunk, final=final)
@@ -141,6 +149,8 @@ class Generation:
             )
             for index, request in enumerate(requests)
         ]
+        self.span: RequestSpan | None = None
+        """Where it is traced."""
         self.on_close: list[Callable[[], None]] = []
         """Called once, when nobody reads any more."""
         self.on_complete: Callable[[Choice], None] | None = None
@@ -194,6 +204,7 @@ class Generation:
             self.close()
 
     def _note_end(self, choice: Choice, reason: FinishReason) -> None:
+        choice.ended = reason
         if self.on_end is not None:
             self.on_end(choice, reason)
 

@@ -24,6 +24,7 @@ from tailserve.deployments.models import model_name, resolve_model
 from tailserve.deployments.service import Service
 from tailserve.deployments.telemetry import RequestMetrics
 from tailserve.deployments.text import TextModel
+from tailserve.deployments.tracing import open_tracer
 from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.types import ModelInfo
 
@@ -89,6 +90,7 @@ class Ingress:
         self._service = Service(parsed, text, client, name)
         self._service.note_end = counts.note
         self._service.note_gap = counts.note_gap
+        self._service.tracer = open_tracer(parsed.otlp_traces_endpoint, "ingress")
         self._service.metrics = Gatherer({"ingresses": self._ingress_pages, "instances": self._calls.pages}).text
         client.on_refusal = counts.note_refusal
         self._alone = parsed.num_ingresses == 1
@@ -108,6 +110,8 @@ class Ingress:
     async def __del__(self) -> None:
         # Serve waits for requests that are open; nobody need have one open for these.
         await self._service.background.finish()
+        if self._service.tracer is not None:
+            await asyncio.to_thread(self._service.tracer.close)
 
     async def _wait_for_model(self) -> None:
         # The call stays pending until the first router replica has loaded its model.

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,13 @@ from tailserve.deployments.sizes import engine_settings, load_options
 from tailserve.deployments.sockets import open_sockets
 from tailserve.deployments.streams import ORPHAN_S, Outboxes
 from tailserve.deployments.telemetry import InstanceMetrics
+from tailserve.deployments.tracing import open_tracer
 from tailserve.deployments.verifier import VerifierExecutor
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.slo import guarded_classes
-from tailserve.engine.types import Request
+from tailserve.engine.stats import InstanceLoad
+from tailserve.engine.types import Request, TokenChunk
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,11 @@ class Router:
         self._draft = None if plan.draft is None else self._start_draft(plan.draft)
         engine_config = engine_settings(config, self._info, num_outcomes=plan.num_outcomes)
         self._engine = Engine(engine_config, self._executor, self._draft)
-        self._loop = EngineLoop(self._engine, engine_config.classes, self._outboxes.publish)
+        self._tracer = open_tracer(config.otlp_traces_endpoint, "router")
+        self._traced: dict[str, str] = {}
+        """Requests that run to their traceparent."""
+        publish = self._outboxes.publish if self._tracer is None else self._trace_and_publish
+        self._loop = EngineLoop(self._engine, engine_config.classes, publish)
 
     def _start_draft(self, options: DraftOptions) -> DraftLink:
         config = self._config
@@ -112,12 +118,25 @@ class Router:
         raises, and being full is no accident.
         """
         decoded = msgspec.msgpack.decode(request, type=Request)
+        if decoded.traceparent and self._tracer is not None:
+            self._traced[decoded.id] = decoded.traceparent
         try:
             self._loop.submit(decoded, ingress)
         except TailserveError as error:
+            self._traced.pop(decoded.id, None)
             return self._instance, error
         self._outboxes.open_request(ingress)
         return self._instance, None
+
+    def _trace_and_publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: InstanceLoad) -> None:
+        assert self._tracer is not None
+        self._outboxes.publish(by_ingress, load)
+        for chunks in by_ingress.values():
+            for chunk in chunks:
+                if chunk.finish_reason is None or (trace := self._traced.pop(chunk.request_id, None)) is None:
+                    continue
+                if chunk.timeline is not None:
+                    self._tracer.add_timeline(trace, chunk.timeline)
 
     async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
         """Encoded `StepMessage`s for one ingress, while it has requests here."""
@@ -188,6 +207,8 @@ class Router:
         if self._draft is not None:
             self._draft.stop()
         self._executor.stop()
+        if self._tracer is not None:
+            self._tracer.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _check_instance(self, instance: str) -> None:

@@ -21,8 +21,10 @@ from tailserve.deployments.generation import Choice, Generation
 from tailserve.deployments.headers import short_header, timeout_of
 from tailserve.deployments.openai import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from tailserve.deployments.public import PublicPrefixes
+from tailserve.deployments.request_span import open_span
 from tailserve.deployments.responses import ResponseFormat
 from tailserve.deployments.text import TextModel
+from tailserve.deployments.tracing import Tracer
 from tailserve.deployments.turns import Turns
 from tailserve.engine.errors import InvalidRequestError, NotFoundError, NotReadyError
 from tailserve.engine.sessions import belongs_to_session, sharing_scope
@@ -53,6 +55,7 @@ class Service:
         """See `Generation.on_end`."""
         self.note_gap: dict[str, Callable[[float], None]] = {}
         """Class to what is told of each pause between pieces."""
+        self.tracer: Tracer | None = None
         self.metrics: Callable[[], Awaitable[str]] | None = None
         """Those of all processes, as a page of text."""
         self.gate = Gate(config.tenants, num_ingresses=config.num_ingresses)
@@ -77,9 +80,17 @@ class Service:
             raise
         generation.on_close.append(leave)
         self.track(tenant, request_id, generation)
-        await generation.start()
-        prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
-        return ResponseFormat(f"{prefix}-{request_id}", self.model, body, self._text), generation
+        name = f"{'chatcmpl' if isinstance(body, ChatBody) else 'cmpl'}-{request_id}"
+        span = generation.span
+        try:
+            await generation.start()
+        except BaseException as error:
+            if span is not None:
+                span.refuse(error)
+            raise
+        if span is not None:
+            generation.on_close.append(lambda: span.end(generation, name))
+        return ResponseFormat(name, self.model, body, self._text), generation
 
     async def _prepare(
         self, body: ChatBody | CompletionBody, headers: Mapping[str, str], tenant: Tenant
@@ -106,6 +117,10 @@ class Service:
                 param="n",
             )
         timeout_s = timeout_of(headers)
+        span = None
+        if self.tracer is not None:
+            age_s = time.monotonic() - arrived
+            span = open_span(self.tracer, headers, body, model=self.model, slo_class=slo_class, session=session, age_s=age_s)
         requests = []
         unique = uuid.uuid4().hex
         for index, prompt in enumerate(choices):
@@ -124,6 +139,7 @@ class Service:
                     scope=scope or f"choices:{unique}",
                     age_s=time.monotonic() - arrived,
                     timeout_s=timeout_s,
+                    traceparent="" if span is None else span.traceparent,
                 )
             )
         generation = Generation(
@@ -136,6 +152,7 @@ class Service:
             show_logprobs=body.top_logprobs_count() is not None,
         )
         generation.on_end, generation.on_gap = self.note_end, self.note_gap.get(slo_class)
+        generation.span = span
         if text is not None and scope is not None and self._splits:
             generation.on_complete = lambda choice: self._remember(scope, text, choice)
         return request_id, generation

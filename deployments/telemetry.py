@@ -41,6 +41,14 @@ class RequestMetrics:
         self._whole = page.histogram(
             "e2e_request_latency_seconds", "From a request's arrival to its last token", REQUEST_S, "slo_class"
         )
+        self._parts = [
+            page.histogram(f"request_{name}_time_seconds", text, REQUEST_S, "slo_class")
+            for name, text in (
+                ("queue", "From a request's arrival to its first step"),
+                ("prefill", "From there to its first token"),
+                ("decode", "From there to its last token"),
+            )
+        ]
         ttft = page.gauge("slo_ttft_target_seconds", "What a class asks for", "slo_class")
         tpot = page.gauge("slo_tpot_target_seconds", "What a class asks for", "slo_class")
         for slo in classes.values():
@@ -67,6 +75,9 @@ class RequestMetrics:
             self._ttft.observe(ttft_s, slo_class=slo.name)
             self._tpot.observe(choice.tpot_s, slo_class=slo.name)
             self._whole.observe(ttft_s + choice.last_s - (choice.first_s or 0.0), slo_class=slo.name)
+            if choice.timeline is not None:
+                for part, seconds in zip(self._parts, choice.timeline.parts, strict=True):
+                    part.observe(seconds, slo_class=slo.name)
             in_time = ttft_s <= slo.ttft_s and choice.tpot_s <= slo.tpot_s
         met = in_time and reason is not FinishReason.ERROR
         (self._attained if met else self._missed).inc(slo_class=slo.name)

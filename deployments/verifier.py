@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from tailserve.deployments.channel import Outlet
 from tailserve.deployments.process import ModelActor, ModelProcess
 from tailserve.deployments.sockets import Sockets
+from tailserve.deployments.tracing import RowSpans, open_tracer
 from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import StateMessage
@@ -36,6 +37,8 @@ class VerifierOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Layers whose hidden states the draft reads."""
     states_endpoint: str = ""
     """Where they go."""
+    traces_endpoint: str | None = None
+    """Of a collector; None: nothing is traced."""
     block_verification: bool = False
     """Of drafts that were drawn by chance."""
 
@@ -69,11 +72,26 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
             num_host_blocks=info.num_host_blocks,
         )
 
-        def run(batch: Batch) -> StepResult | None:
-            result = runner.run(batch)
-            return result if options.load.rank == 0 else None
+        if options.load.rank:
 
-        return info, run
+            def run_along(batch: Batch) -> None:
+                runner.run(batch)
+
+            return info, run_along
+        tracer = open_tracer(options.traces_endpoint, "verifier")
+        return info, runner.run if tracer is None else _traced(runner.run, RowSpans(tracer, "verify"))
+
+
+def _traced(run: Callable[[Batch], StepResult], spans: RowSpans) -> Callable[[Batch], StepResult]:
+    def run_and_note(batch: Batch) -> StepResult:
+        spans.leave(batch.leaves)
+        for join in batch.joins:
+            spans.join(join.row, join.traceparent)
+        result = run(batch)
+        spans.note(batch.rows, result.duration_s)
+        return result
+
+    return run_and_note
 
 
 class VerifierExecutor:

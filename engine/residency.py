@@ -82,6 +82,8 @@ class Residency:
         """Takes a running sequence's row and blocks. It keeps its tokens, its place in line, and what there is room for in
         the second tier."""
         self.stats.preemptions += 1
+        seq.num_preemptions += 1
+        seq.paused = True
         # It may not have come to load all that is kept for it since the last time.
         before, seq.num_kept = seq.num_kept, max(seq.num_kept, seq.num_registered)
         self.host.keep(seq.hashes[: seq.num_kept])
@@ -211,7 +213,7 @@ class Residency:
         """Tells the verifier all there is to know of a row, be it new or not."""
         assert seq.row is not None
         tokens, blocks = list(seq.token_ids), list(seq.block_ids)
-        self.joins.append(RowJoin(seq.row, tokens, seq.prompt_len, blocks, seq.request.sampling))
+        self.joins.append(RowJoin(seq.row, tokens, seq.prompt_len, blocks, seq.request.sampling, seq.request.traceparent))
 
     def extend(self, seq: Sequence, num_tokens: int, new_blocks: dict[int, list[int]]) -> bool:
         """Makes room for `num_tokens` tokens; the least urgent give theirs. False if that was `seq` itself."""

@@ -126,7 +126,7 @@ class Scheduler:
         work, new_blocks, plan = self._composition.compose(now, now if start is None else start)
         # Drafts come last: they must not take the block or the token that somebody needs.
         self._selection.add(work, drafts, plan.count_drafts, self.residency, new_blocks)
-        return self._pack(work, new_blocks, states)
+        return self._pack(work, new_blocks, states, now)
 
     def commit(self, result: StepResult, now: float) -> list[TokenChunk]:
         """Advances the sequences of a step; the only place where that happens. Returns what clients are to get."""
@@ -244,9 +244,9 @@ class Scheduler:
         computed = seq.prompt_len if seq.due_s is not None else 0
         self._shares[seq.slo.priority].end(seq.request.tenant, seq.charge, computed, seq.num_output)
         self.stats.finished[stop.reason] = self.stats.finished.get(stop.reason, 0) + 1
-        return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error)
+        return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error, seq.timeline())
 
-    def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]], states: bool) -> Batch | None:
+    def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]], states: bool, now: float) -> Batch | None:
         if not work and not self.residency.leaves and not new_blocks:
             return None
         joins, self.residency.joins = self.residency.joins, []
@@ -256,6 +256,7 @@ class Scheduler:
         self._in_flight[step] = work
         for entry in work:
             self._shares[entry.seq.slo.priority].start(entry.seq.key.tag)
+            entry.seq.note_step(now)
             entry.seq.num_scheduled += entry.length
             entry.seq.num_sampling += entry.samples
         return Batch(

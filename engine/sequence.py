@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tailserve.engine.blocks import chain_hash, join_hash, root_hash
 from tailserve.engine.speculation.acceptance import OwnRecord
-from tailserve.engine.types import Request, SloClass, Usage
+from tailserve.engine.types import Request, SloClass, Timeline, Usage
 
 PUBLIC_SCOPE = "public"
 
@@ -51,18 +51,23 @@ class Sequence:
         "num_drafted",
         "num_found",
         "num_kept",
+        "num_preemptions",
         "num_prefix",
         "num_registered",
         "num_reserved",
         "num_sampling",
         "num_scheduled",
+        "num_steps",
         "pace_s",
+        "paused",
+        "paused_s",
         "promoted",
         "prompt_len",
         "request",
         "root",
         "row",
         "slo",
+        "started_s",
         "token_ids",
         "token_s",
     )
@@ -100,6 +105,14 @@ class Sequence:
         """Seconds for each of its last tokens, a running mean; None before the second."""
         self.token_s: float | None = None
         """When its last token was made; None before the first, and where it has lost its place since."""
+        self.started_s: float | None = None
+        """When it was first part of a step; None before."""
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.paused = False
+        """It has lost its slot, and was part of no step since."""
+        self.paused_s = 0.0
+        """How long that was, all times together."""
         self.moved_s = arrival_s
         """When a step last did something for it, or when it came."""
         self.token_ids = [*request.prompt_token_ids, *(request.carried or ())]
@@ -167,6 +180,29 @@ class Sequence:
             # Behind what is public the scope begins.
             return join_hash(self.root, self.hashes[-1]) if count else self.root
         return self.hashes[-1]
+
+    def note_step(self, now: float) -> None:
+        """It is part of a step."""
+        self.num_steps += 1
+        if self.started_s is None:
+            self.started_s = now
+        elif self.paused:
+            self.paused_s += max(now - self.moved_s, 0.0)
+        self.paused = False
+
+    def timeline(self) -> Timeline:
+        """As of the last thing that was done for it."""
+        started = self.moved_s if self.started_s is None else self.started_s
+        begun = self.moved_s if self.begun_s is None else self.begun_s
+        # With two steps under way the next begins before the last is known to have ended.
+        return Timeline(
+            queue_s=max(started - self.arrival_s, 0.0),
+            prefill_s=max(begun - started, 0.0),
+            decode_s=max(self.moved_s - begun, 0.0),
+            paused_s=self.paused_s,
+            num_preemptions=self.num_preemptions,
+            num_steps=self.num_steps,
+        )
 
     def usage(self) -> Usage:
         rejected = self.num_drafted - self.num_accepted_drafts

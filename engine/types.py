@@ -94,6 +94,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the client's request arrived. Clocks never cross processes, ages do."""
     timeout_s: float | None = None
     """The request ends, with what it has, this many seconds after it arrived."""
+    traceparent: str = ""
+    """W3C's, of the span that this request is; empty if nobody traces it."""
     carried: tuple[int, ...] | None = None
     """The answer so far, where an instance that was lost had accepted the request: it goes on behind that, and is not
     refused. None for a new one."""
@@ -120,6 +122,26 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     """The answer's first tokens that are the draft's alone."""
 
 
+class Timeline(msgspec.Struct, frozen=True, array_like=True):
+    """Where a request's time went."""
+
+    queue_s: float = 0.0
+    """From its arrival to its first step."""
+    prefill_s: float = 0.0
+    """From there to its first token."""
+    decode_s: float = 0.0
+    """From there to its last."""
+    paused_s: float = 0.0
+    """What of that others had its slot."""
+    num_preemptions: int = 0
+    num_steps: int = 0
+
+    @property
+    def parts(self) -> tuple[float, float, float]:
+        """Queue, prefill, decode."""
+        return self.queue_s, self.prefill_s, self.decode_s
+
+
 class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     """What one engine step made for one request; the last chunk of a request has a `finish_reason`."""
 
@@ -132,6 +154,8 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     """What the request has cost so far."""
     error: str | None = None
     """Set with FinishReason.ERROR and LOST."""
+    timeline: Timeline | None = None
+    """In a last one, at the instance that ended it."""
 
 
 Candidates = tuple[list[int], list[float]]
@@ -148,6 +172,8 @@ class RowJoin(msgspec.Struct, frozen=True, array_like=True):
     prompt_len: int
     block_ids: list[int]
     sampling: SamplingParams
+    traceparent: str = ""
+    """Of the request."""
 
 
 class BlockMove(msgspec.Struct, frozen=True, array_like=True):

@@ -185,7 +185,10 @@ class DraftCoordinator:
         temperature = sampling.temperature if self._sampled else 0.0
         width = 1 if temperature > 0 else width
         root = b"" if keep else seq.root
-        return DraftRow(seq.row, keep, seq.token_ids[keep:], limit, temperature, sampling.seed, width, root=root)
+        trace = "" if keep else seq.request.traceparent
+        return DraftRow(
+            seq.row, keep, seq.token_ids[keep:], limit, temperature, sampling.seed, width, traceparent=trace, root=root
+        )
 
     def _send(
         self,

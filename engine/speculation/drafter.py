@@ -32,6 +32,8 @@ class DraftRow(msgspec.Struct, frozen=True, array_like=True):
     """Drafts wanted, at most: above 1, those that begin with other tokens than the likeliest."""
     least: float = 0.0
     """A token that is less likely than this to be reached and accepted is not worth drafting."""
+    traceparent: str = ""
+    """Of a new row's request."""
     root: bytes = b""
     """Of a new row: rows of the same root may share what was computed of them. Empty: it shares nothing."""
 

@@ -153,7 +153,7 @@ def test_selectors_find_the_pods() -> None:
 def test_a_strict_network_policy_leaves_the_ways_that_are_needed() -> None:
     policy = render("gpu", "networkPolicy.enabled=true").objects["NetworkPolicy", "llm-tailserve"]
     ports = {port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", [])}
-    assert {53, 443, 6379, 6443} <= ports
+    assert {53, 443, 4318, 6379, 6443} <= ports
     policy = render("minimal", "networkPolicy.enabled=true", "networkPolicy.extraEgress=[]").objects
     ports = {
         port["port"] for rule in policy["NetworkPolicy", "llm-tailserve"]["spec"]["egress"] for port in rule.get("ports", [])

@@ -59,6 +59,8 @@ async def test_every_answer_counts_once_by_its_class_and_whether_it_was_in_time(
     assert found["inter_token_latency_seconds_count", "critical"] == 4
     assert found["slo_missed_total", "normal"] == found["slo_attained_total", "critical"] == 0
     assert found["generation_tokens_total", "back"] == 15
+    parts = [found[f"request_{name}_time_seconds_sum", "normal"] for name in ("queue", "prefill", "decode")]
+    assert 0 < sum(parts) <= found["e2e_request_latency_seconds_sum", "normal"]
     assert found["kv_cache_usage_perc", "back"] == 0
 
 

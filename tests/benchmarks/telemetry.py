@@ -1,0 +1,134 @@
+"""What telemetry costs: CPU seconds of all the server's processes for 1,000 tokens, with traces and without, by turns.
+
+Run: python tests/benchmarks/telemetry.py [--rounds 5] [--concurrency 8] [--requests 32] [--output 128]
+
+Metrics are always on; what they take is measured here in this process, on the same answers. With traces each request is one,
+sent to a collector that throws it away. The server's own spread between rounds is printed: less than it is not measurable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import contestants
+from contestants import Contestant
+
+from tailserve.cluster.config import parse_config
+from tailserve.cluster.settings import prepare_serve
+from tailserve.deployments.bench.load import Client, Workload, closed_loop
+from tailserve.deployments.metrics import Page
+from tailserve.deployments.telemetry import RequestMetrics
+from tailserve.engine.types import FinishReason, Timeline
+
+
+class Waste(BaseHTTPRequestHandler):
+    """Takes everything and keeps nothing."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def collector() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Waste)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
+    server.shutdown()
+    server.server_close()
+
+
+def cpu_seconds(contestant: Contestant) -> float:
+    """Of all its processes so far."""
+    ticks = 0
+    for pid in contestant.pids():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / 100
+
+
+async def measure(contestant: Contestant, args: argparse.Namespace, seed: int) -> float:
+    """CPU seconds for 1,000 tokens."""
+    work = Workload("load", 64, args.output)
+    with contestant.awake() as url:
+        async with Client(url) as client:
+            await closed_loop(client, work, concurrency=2, requests=2, seed=seed)
+            before = cpu_seconds(contestant)
+            samples = await closed_loop(client, work, concurrency=args.concurrency, requests=args.requests, seed=seed + 1)
+            # What is sent in the background belongs to it.
+            await asyncio.sleep(6)
+            spent = cpu_seconds(contestant) - before
+    return 1000 * spent / sum(sample.num_tokens for sample in samples)
+
+
+def metrics_seconds(output: int) -> float:
+    """CPU seconds that the metrics of answers with 1,000 tokens take."""
+    classes = {slo.name: slo for slo in parse_config({}).classes()}
+    page = Page(model_name="m", instance="i")
+    counts = RequestMetrics(page, classes)
+    request = SimpleNamespace(slo_class="normal")
+    choice = SimpleNamespace(request=request, ttft_s=0.2, tpot_s=0.03, first_s=1.0, last_s=5.0, timeline=Timeline())
+    begin, tokens = time.process_time(), 0
+    while tokens < 100_000:
+        for _ in range(output - 1):
+            counts.note_gap["normal"](0.03)
+        counts.note(cast(Any, choice), FinishReason.LENGTH)
+        tokens += output
+        # Scraped every 15 s, at some hundred tokens a second.
+        if tokens % (output * 16) == 0:
+            page.text()
+    return 1000 * (time.process_time() - begin) / tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--output", type=int, default=128)
+    args = parser.parse_args()
+    logs = Path(tempfile.mkdtemp(prefix="telemetry-"))
+    print(f"logs: {logs}; RAY_SERVE_*: {prepare_serve()}")
+    flags = ["--speculation", "off"]
+    spent: dict[str, list[float]] = {"off": [], "traced": []}
+    with collector() as url:
+        (logs / "traced").mkdir()
+        with (
+            contestants.tailserve(logs, *flags) as off,
+            contestants.tailserve(logs / "traced", *flags, "--otlp-traces-endpoint", url) as traced,
+        ):
+            for number in range(args.rounds):
+                for name, contestant in (("off", off), ("traced", traced)):
+                    spent[name].append(asyncio.run(measure(contestant, args, 10 * number)))
+                print(
+                    f"round {number + 1}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in spent.items()),
+                    flush=True,
+                )
+    of_metrics = metrics_seconds(args.output)
+    ratios = [with_traces / without for with_traces, without in zip(spent["traced"], spent["off"], strict=True)]
+    whole = statistics.median(spent["off"])
+    print(f"CPU seconds for 1,000 tokens: {whole:.2f} (from {min(spent['off']):.2f} to {max(spent['off']):.2f})")
+    print(f"of them metrics: {of_metrics:.4f} = {100 * of_metrics / whole:.2f}%")
+    print(f"with traces: {100 * (statistics.median(ratios) - 1):+.1f}% (median of {len(ratios)} rounds)")
+
+
+if __name__ == "__main__":
+    main()
