@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from tailserve.deployments.response_events import ResponseObject, response_events, server_sent
+from tailserve.deployments.tenant_store import TenantStore
 from tailserve.engine.errors import NotFoundError
 
 logger = logging.getLogger(__name__)
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 KEPT_S = 300.0
 """How long the events of a response that has ended can be read again."""
 MAX_BYTES = 64 << 20
-"""Of the events of all that have ended. Beyond it the tenant that has most loses its oldest."""
+"""Of the events of all that have ended."""
 
 
 class EventLog:
@@ -27,8 +26,7 @@ class EventLog:
         self._events: list[bytes] = []
         self._grown = asyncio.Event()
         self.num_bytes = 0
-        self.ended_at: float | None = None
-        """By the monotonic clock; None while it grows."""
+        self._ended = False
 
     def append(self, event: bytes) -> None:
         self._events.append(event)
@@ -36,7 +34,7 @@ class EventLog:
         self._wake()
 
     def end(self) -> None:
-        self.ended_at = time.monotonic()
+        self._ended = True
         self._wake()
 
     async def read(self, after: int) -> AsyncIterator[bytes]:
@@ -46,7 +44,7 @@ class EventLog:
             if position < len(self._events):
                 begin, position = position, len(self._events)
                 yield b"".join(self._events[begin:position])
-            elif self.ended_at is not None:
+            elif self._ended:
                 return
             else:
                 await self._grown.wait()
@@ -60,37 +58,30 @@ class Entry(NamedTuple):
     response: ResponseObject
     log: EventLog
 
+    @property
+    def num_bytes(self) -> int:
+        return self.log.num_bytes
+
 
 class Background:
     """What goes on in this process, and what has lately ended, by tenant and response."""
 
-    def __init__(self) -> None:
-        self._entries: dict[tuple[str, str], Entry] = {}
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self._running: dict[tuple[str, str], Entry] = {}
+        self._ended: TenantStore[Entry] = TenantStore(max_bytes)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def run(self, tenant: str, response: ResponseObject) -> EventLog:
         """Runs a response to its end, whoever reads it."""
-        log = EventLog()
-        self._entries[tenant, response.id] = Entry(response, log)
-
-        async def follow() -> None:
-            try:
-                async for event in server_sent(response_events(response)):
-                    log.append(event)
-            finally:
-                response.generation.close()
-                log.end()
-                self._forget_old()
-                asyncio.get_running_loop().call_later(KEPT_S + 1, self._forget_old)
-
-        task = asyncio.create_task(follow(), name=f"background {response.id}")
+        entry = self._running[tenant, response.id] = Entry(response, EventLog())
+        task = asyncio.create_task(self._follow(tenant, entry), name=f"background {response.id}")
         # The event loop keeps weak references only.
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return log
+        return entry.log
 
     def find(self, tenant: str, response_id: str) -> Entry | None:
-        return self._entries.get((tenant, response_id))
+        return self._running.get((tenant, response_id)) or self._ended.find(tenant, response_id)
 
     def log(self, tenant: str, response_id: str) -> EventLog:
         """NotFoundError if a tenant has no such response in the background (any more)."""
@@ -104,17 +95,21 @@ class Background:
 
     def drop(self, tenant: str, response_id: str) -> None:
         """Forgets a response, and ends it where it goes on."""
-        entry = self._entries.pop((tenant, response_id), None)
-        if entry is not None and entry.log.ended_at is None:
-            entry.response.on_end = None
-            entry.response.generation.abort()
+        self._ended.discard(tenant, response_id)
+        running = self._running.pop((tenant, response_id), None)
+        if running is not None:
+            running.response.on_end = None
+            running.response.generation.abort()
 
     def drop_session(self, tenant: str, session_id: str) -> None:
         """Forgets a session's responses. Those that run go on for their readers, and are not stored."""
-        for key, entry in list(self._entries.items()):
+        for name, entry in self._ended.of(tenant):
+            if entry.response.session_id == session_id:
+                self._ended.discard(tenant, name)
+        for key, entry in list(self._running.items()):
             if key[0] == tenant and entry.response.session_id == session_id:
                 entry.response.on_end = None
-                del self._entries[key]
+                del self._running[key]
 
     async def finish(self) -> None:
         """Waits for what goes on."""
@@ -122,21 +117,15 @@ class Background:
             logger.info("%d responses go on in the background", len(self._tasks))
             await asyncio.wait(self._tasks)
 
-    def _forget_old(self) -> None:
-        ended = sorted(
-            ((log.ended_at, key) for key, (_, log) in self._entries.items() if log.ended_at is not None),
-            key=lambda entry: entry[0],
-        )
-        sizes: Counter[str] = Counter()
-        for _, key in ended:
-            sizes[key[0]] += self._entries[key].log.num_bytes
-        horizon = time.monotonic() - KEPT_S
-        while ended:
-            oldest = next((key for ended_at, key in ended if ended_at < horizon), None)
-            if oldest is None and sizes.total() > MAX_BYTES:
-                most = max(sizes, key=sizes.__getitem__)
-                oldest = next(key for _, key in ended if key[0] == most)
-            if oldest is None:
-                return
-            sizes[oldest[0]] -= self._entries.pop(oldest).log.num_bytes
-            ended = [entry for entry in ended if entry[1] != oldest]
+    async def _follow(self, tenant: str, entry: Entry) -> None:
+        response, log = entry
+        try:
+            async for event in server_sent(response_events(response)):
+                log.append(event)
+        finally:
+            response.generation.close()
+            log.end()
+            # Unless it was forgotten meanwhile.
+            if self._running.pop((tenant, response.id), None) is not None:
+                self._ended.keep(tenant, response.id, entry)
+                asyncio.get_running_loop().call_later(KEPT_S, self._ended.discard, tenant, response.id)

@@ -94,7 +94,7 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     config = with_tenants_of_file(resolve_config(args))
-    # The model's own libraries take their time to import: after the arguments are known to be right.
+    # Ray takes its time to import: after the arguments are known to be right.
     from tailserve.deployments.check import describe
 
     for line in describe(config):

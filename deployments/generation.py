@@ -45,7 +45,6 @@ class Choice:
     num_tokens: int = 0
     said: str = ""
     """The text so far."""
-    finished: bool = False
     ended: FinishReason | None = None
     """Why; None while it grows."""
     timeline: Timeline | None = None
@@ -81,13 +80,17 @@ class Choice:
         logprobs = (chunk.logprobs or ())[:num_read] if self.show_logprobs else ()
         stop = stop if stop is not None else early
         if stop is not None:
-            self.finished = self.cut = True
+            self.ended, self.cut = FinishReason.STOP, True
             return Piece(self.index, text, logprobs, FinishReason.STOP, stop, alone)
         self.said += text
-        self.finished = final
+        self.ended = chunk.finish_reason
         if not text and not final and not logprobs:
             return None
         return Piece(self.index, text, logprobs, chunk.finish_reason, chunk.stop_reason, alone)
+
+    @property
+    def finished(self) -> bool:
+        return self.ended is not None
 
     @property
     def ttft_s(self) -> float | None:
@@ -187,13 +190,13 @@ class Generation:
                 if choice.finished:
                     continue
                 if chunk.finish_reason is FinishReason.ERROR:
-                    choice.finished = True
-                    self._note_end(choice, FinishReason.ERROR)
+                    choice.ended = FinishReason.ERROR
+                    self._note_end(choice)
                     raise InternalError(chunk.error or "the request could not be completed")
                 piece = choice.take(chunk)
                 if choice.finished:
                     open_choices -= 1
-                    self._note_end(choice, chunk.finish_reason or FinishReason.STOP)
+                    self._note_end(choice)
                     if chunk.finish_reason is None:
                         self._client.cancel(chunk.request_id)
                     elif not choice.cut and chunk.finish_reason is not FinishReason.ABORT and self.on_complete:
@@ -203,10 +206,9 @@ class Generation:
         finally:
             self.close()
 
-    def _note_end(self, choice: Choice, reason: FinishReason) -> None:
-        choice.ended = reason
-        if self.on_end is not None:
-            self.on_end(choice, reason)
+    def _note_end(self, choice: Choice) -> None:
+        if self.on_end is not None and choice.ended is not None:
+            self.on_end(choice, choice.ended)
 
     def abort(self) -> None:
         """Ends the sequences that still run; the response ends with finish reason "abort"."""
@@ -219,9 +221,9 @@ class Generation:
         """Nobody reads any more: ends what still runs."""
         for choice in self.choices:
             if not choice.finished:
-                choice.finished = True
+                choice.ended = FinishReason.ABORT
                 self._client.cancel(choice.request.id)
-                self._note_end(choice, FinishReason.ABORT)
+                self._note_end(choice)
         while self.on_close:
             self.on_close.pop()()
 

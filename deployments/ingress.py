@@ -71,6 +71,9 @@ class ServeCalls:
 async def pages_of(handle: Any) -> list[str]:
     """The metrics of a deployment's replicas, but of those that fail. TimeoutError if one does not answer."""
     answers = await handle.broadcast("metrics").results_async(timeout_s=METRICS_S, return_exceptions=True)
+    for error in answers:
+        if not isinstance(error, str):
+            logger.warning("no metrics of a replica of %s: %s", handle.deployment_name, error)
     return [answer for answer in answers if isinstance(answer, str)]
 
 
@@ -87,13 +90,13 @@ class Ingress:
         name = parsed.served_model_name or model_name(parsed.model)
         self._page = Page(metrics, model_name=name, instance=serve.get_replica_context().replica_id.unique_id)
         counts = RequestMetrics(self._page, {slo.name: slo for slo in parsed.classes()})
-        self._service = Service(parsed, text, client, name)
-        self._service.note_end = counts.note
-        self._service.note_gap = counts.note_gap
-        self._service.tracer = open_tracer(parsed.otlp_traces_endpoint, "ingress")
-        self._service.metrics = Gatherer({"ingresses": self._ingress_pages, "instances": self._calls.pages}).text
+        service = self._service = Service(parsed, text, client, name)
+        service.note_end = counts.note
+        service.note_gap = counts.note_gap
+        service.tracer = open_tracer(parsed.otlp_traces_endpoint, "ingress")
+        service.metrics = Gatherer({"ingresses": self._ingress_pages, "instances": self._calls.pages}).text
         client.on_refusal = counts.note_refusal
-        self._alone = parsed.num_ingresses == 1
+        self._peers = serve.get_deployment_handle("Ingress") if parsed.num_ingresses > 1 else None
         keep_collector_out_of_steps()
         self._waiting = asyncio.get_event_loop().create_task(self._wait_for_model())
 
@@ -105,9 +108,11 @@ class Ingress:
         return self._page.text()
 
     async def _ingress_pages(self) -> list[str]:
-        return [self._page.text()] if self._alone else await pages_of(serve.get_deployment_handle("Ingress"))
+        return [self._page.text()] if self._peers is None else await pages_of(self._peers)
 
     async def __del__(self) -> None:
+        if not hasattr(self, "_service"):  # it never started
+            return
         # Serve waits for requests that are open; nobody need have one open for these.
         await self._service.background.finish()
         if self._service.tracer is not None:

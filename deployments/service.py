@@ -117,10 +117,6 @@ class Service:
                 param="n",
             )
         timeout_s = timeout_of(headers)
-        span = None
-        if self.tracer is not None:
-            age_s = time.monotonic() - arrived
-            span = open_span(self.tracer, headers, body, model=self.model, slo_class=slo_class, session=session, age_s=age_s)
         requests = []
         unique = uuid.uuid4().hex
         for index, prompt in enumerate(choices):
@@ -139,9 +135,14 @@ class Service:
                     scope=scope or f"choices:{unique}",
                     age_s=time.monotonic() - arrived,
                     timeout_s=timeout_s,
-                    traceparent="" if span is None else span.traceparent,
                 )
             )
+        span = None
+        if self.tracer is not None:
+            # Last of all: what is refused before it has no span that somebody must end.
+            age_s = time.monotonic() - arrived
+            span = open_span(self.tracer, headers, body, model=self.model, slo_class=slo_class, session=session, age_s=age_s)
+            requests = [msgspec.structs.replace(request, traceparent=span.traceparent) for request in requests]
         generation = Generation(
             self._client,
             self._text,

@@ -121,7 +121,7 @@ class InstanceMetrics:
     def __init__(self, page: Page) -> None:
         self._page = page
         self._metrics: dict[str, Metric] = {}
-        self._counted: dict[str, float] = {}
+        self._counted: dict[tuple[str, str | None], float] = {}
 
     def note(self, engine: Engine) -> None:
         """Takes the state of the moment."""
@@ -131,8 +131,9 @@ class InstanceMetrics:
                 make = self._page.counter if reading.counter else self._page.gauge
                 self._metrics[reading.name] = make(reading.name, reading.text, *labels)
             if reading.counter:
-                self._metrics[reading.name].inc(reading.value - self._counted.get(reading.name, 0.0), **labels)
-                self._counted[reading.name] = reading.value
+                key = reading.name, reading.slo_class
+                self._metrics[reading.name].inc(reading.value - self._counted.get(key, 0.0), **labels)
+                self._counted[key] = reading.value
             else:
                 self._metrics[reading.name].set(reading.value, **labels)
 

@@ -31,9 +31,8 @@ class Tracer:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win.
-        resource = Resource.create({SERVICE_NAME: "tailserve"} if not settings().otel_service_name else {})
-        provider = TracerProvider(resource=resource.merge(Resource({f"{PREFIX}process": process})))
+        named = {SERVICE_NAME: settings().otel_service_name or "tailserve"}
+        provider = TracerProvider(resource=Resource.create(named | {f"{PREFIX}process": process}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._provider = provider
         self._tracer = provider.get_tracer("tailserve")

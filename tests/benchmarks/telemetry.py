@@ -1,9 +1,10 @@
-"""What telemetry costs: CPU seconds of all the server's processes for 1,000 tokens, with traces and without, by turns.
+"""What telemetry costs: CPU seconds of a server's processes for 1,000 tokens, of requests that are traced and not, by turns.
 
 Run: python tests/benchmarks/telemetry.py [--rounds 5] [--concurrency 8] [--requests 32] [--output 128]
 
-Metrics are always on; what they take is measured here in this process, on the same answers. With traces each request is one,
-sent to a collector that throws it away. The server's own spread between rounds is printed: less than it is not measurable.
+Metrics are always on; what they take is measured here in this process, on the same answers. Traced requests go to a
+collector that throws them away; the others say by their `traceparent` that nobody keeps theirs. The spread between rounds is
+printed: less than it is not measurable.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def cpu_seconds(contestant: Contestant) -> float:
     return ticks / 100
 
 
-async def measure(contestant: Contestant, args: argparse.Namespace, seed: int) -> float:
+async def measure(contestant: Contestant, args: argparse.Namespace, seed: int, *, traced: bool) -> float:
     """CPU seconds for 1,000 tokens."""
-    work = Workload("load", 64, args.output)
+    work = Workload("load", 64, args.output, headers={"traceparent": f"00-{seed + 1:032x}-{1:016x}-{int(traced):02d}"})
     with contestant.awake() as url:
         async with Client(url) as client:
             await closed_loop(client, work, concurrency=2, requests=2, seed=seed)
@@ -109,19 +110,14 @@ def main() -> None:
     print(f"logs: {logs}; RAY_SERVE_*: {prepare_serve()}")
     flags = ["--speculation", "off"]
     spent: dict[str, list[float]] = {"off": [], "traced": []}
-    with collector() as url:
-        (logs / "traced").mkdir()
-        with (
-            contestants.tailserve(logs, *flags) as off,
-            contestants.tailserve(logs / "traced", *flags, "--otlp-traces-endpoint", url) as traced,
-        ):
-            for number in range(args.rounds):
-                for name, contestant in (("off", off), ("traced", traced)):
-                    spent[name].append(asyncio.run(measure(contestant, args, 10 * number)))
-                print(
-                    f"round {number + 1}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in spent.items()),
-                    flush=True,
-                )
+    with collector() as url, contestants.tailserve(logs, *flags, "--otlp-traces-endpoint", url) as server:
+        for number in range(args.rounds):
+            for name, values in spent.items():
+                values.append(asyncio.run(measure(server, args, 10 * number, traced=name == "traced")))
+            print(
+                f"round {number + 1}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in spent.items()),
+                flush=True,
+            )
     of_metrics = metrics_seconds(args.output)
     ratios = [with_traces / without for with_traces, without in zip(spent["traced"], spent["off"], strict=True)]
     whole = statistics.median(spent["off"])

@@ -19,8 +19,7 @@ import yaml
 from secret_protobuf import from_protobuf, to_protobuf
 
 KINDS = {
-    "v1": ("Namespace", "Pod", "Secret", "ConfigMap", "Service", "ServiceAccount", "PersistentVolumeClaim"),
-    "apps/v1": ("Deployment",),
+    "v1": ("Pod", "Secret", "ConfigMap", "Service", "ServiceAccount", "PersistentVolumeClaim"),
     "batch/v1": ("Job",),
     "policy/v1": ("PodDisruptionBudget",),
     "networking.k8s.io/v1": ("NetworkPolicy", "Ingress"),
@@ -30,7 +29,7 @@ KINDS = {
     "monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule"),
     "gateway.networking.k8s.io/v1": ("HTTPRoute",),
 }
-CLUSTER_WIDE = {"Namespace", "PriorityClass"}
+CLUSTER_WIDE = {"PriorityClass"}
 PLURALS = {"NetworkPolicy": "networkpolicies", "Ingress": "ingresses", "PriorityClass": "priorityclasses"}
 PROTOBUF = "application/vnd.kubernetes.protobuf"
 

@@ -164,15 +164,15 @@ async def complete(pod: Pod, max_tokens: int, begun: asyncio.Event | None = None
         return text
 
 
-async def accepted(pod: Pod, text: str) -> int:
-    """How many draft tokens a text that repeats itself gets accepted."""
+async def drafts(pod: Pod, text: str) -> bool:
+    """Whether a text that repeats itself gets draft tokens accepted."""
     async with openai.AsyncOpenAI(base_url=f"http://{pod.ip}:8000/v1", api_key="-", max_retries=0, timeout=120) as client:
         answer = await client.completions.create(
             model="SmolLM2-135M-Instruct", prompt=text * 2, max_tokens=60, temperature=0, extra_body={"ignore_eos": True}
         )
     assert answer.usage is not None
     assert answer.usage.completion_tokens_details is not None
-    return answer.usage.completion_tokens_details.accepted_prediction_tokens or 0
+    return bool(answer.usage.completion_tokens_details.accepted_prediction_tokens)
 
 
 async def answers(pod: Pod) -> bool:
@@ -205,7 +205,8 @@ async def test_an_instance_over_two_nodes_loses_its_draft_and_goes_on(work: Path
         (home,) = (await release.replicas("Router")).values()
         (goes,) = (pod for pod in release.workers if pod.ip != home)
         (stays,) = (pod for pod in release.workers if pod.ip == home)
-        assert await accepted(stays, expected) > 0, "drafted on the other node"
+        # Drafted on the other node; the draft comes up beside the first requests.
+        await eventually(partial(drafts, stays, expected), 30)
         streams = await _open(stays, 4)
         goes.cut_off()
         assert await asyncio.gather(*streams) == [expected] * 4

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -26,7 +24,6 @@ REPLICA_PORTS = range(30500, 30520)
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[int]:
     """Ray and Serve on this machine alone; the port that Serve listens on."""
-    subprocess.run([sys.executable, "-m", "tailserve.engine.model.compiled", "float32", "none"], check=True)
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(REPLICA_PORTS[0])
     with local_ray(num_cpus=8) as port:
         yield port

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,6 +90,8 @@ def local_ray(num_cpus: int) -> Iterator[int]:
     # As `tailserve serve` does, but for this process, where ray.serve is imported already: its handles are called from many
     # event loops, which Serve's throughput mode does not allow.
     prepare_serve()
+    # Otherwise the first instances are slow until they have compiled.
+    subprocess.run([sys.executable, "-m", "tailserve.engine.model.compiled", "float32", "none"], check=True)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import openai
@@ -9,6 +10,7 @@ import pytest
 from edge import MODEL, Edge
 
 from tailserve.deployments import background
+from tailserve.deployments.background import Background
 from tailserve.deployments.generation import Choice
 
 BODY: dict[str, Any] = {"model": MODEL, "input": "hi", "max_output_tokens": 40, "temperature": 0}
@@ -84,19 +86,24 @@ async def test_a_deleted_session_leaves_nothing(edge: Edge) -> None:
 
 
 async def test_the_tenant_with_most_loses_its_oldest(edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, ids = edge.service.background, []
-    for _ in range(3):
-        ids.append((await edge.client.responses.create(**BODY, background=True)).id)
-        await kept.finish()
-    small = kept._entries["", ids[0]]
-    kept._entries["other", "x"] = small
-    size = small.log.num_bytes
-    monkeypatch.setattr(background, "MAX_BYTES", 3 * size)
-    kept._forget_old()
-    assert list(kept._entries) == [("", ids[1]), ("", ids[2]), ("other", "x")]
-    monkeypatch.setattr(background, "KEPT_S", -1.0)
-    kept._forget_old()
-    assert kept._entries == {}
+    async def run() -> str:
+        response = await edge.client.responses.create(**BODY, background=True)
+        await edge.service.background.finish()
+        return response.id
+
+    first = await run()
+    entry = edge.service.background.find("", first)
+    assert entry is not None
+    kept = edge.service.background = Background(max_bytes=3 * entry.num_bytes + 50)
+    kept._ended.keep("other", "x", entry)
+    ids = [await run() for _ in range(3)]
+    found = [name for name in ids if kept.find("", name)]
+    assert found == ids[1:]
+    assert kept.find("other", "x") is not None
+    monkeypatch.setattr(background, "KEPT_S", 0.0)
+    last = await run()
+    await asyncio.sleep(0.01)
+    assert kept.find("", last) is None
 
 
 async def test_over_a_websocket_there_is_no_background(edge: Edge) -> None:
