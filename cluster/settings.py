@@ -16,6 +16,8 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Which the line above would turn off, and with it the warnings of ingress and router on the console.
     "RAY_SERVE_LOG_TO_STDERR": "1",
+    # Which it would also make of every thousandth line of the log files; what waits is lost with its process.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
     # Ten times a second by default, which is a core's twentieth on a small machine. It places, replaces and scales replicas.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # How long a replica that is removed answers on, until every proxy has heard of it. By default whoever presses Ctrl-C
@@ -62,6 +64,8 @@ class Settings:
     """RAY_ADDRESS: an existing cluster to deploy on."""
     otlp_traces_endpoint: str | None
     """OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, else OTEL_EXPORTER_OTLP_ENDPOINT with its path for traces."""
+    otlp_metrics_endpoint: str | None
+    """The same of metrics."""
     otel_service_name: str | None
     """OTEL_SERVICE_NAME"""
     api_key: str
@@ -73,12 +77,13 @@ def settings() -> Settings:
     return Settings(
         cache_directory=Path(os.environ.get("TAILSERVE_CACHE") or user_cache / "tailserve"),
         ray_address=os.environ.get("RAY_ADDRESS") or None,
-        otlp_traces_endpoint=_traces_endpoint(),
+        otlp_traces_endpoint=_otlp_endpoint("traces"),
+        otlp_metrics_endpoint=_otlp_endpoint("metrics"),
         otel_service_name=os.environ.get("OTEL_SERVICE_NAME") or None,
         api_key=os.environ.get("OPENAI_API_KEY", ""),
     )
 
 
-def _traces_endpoint() -> str | None:
-    own, base = (os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") for name in ("TRACES_ENDPOINT", "ENDPOINT"))
-    return own or (f"{base.rstrip('/')}/v1/traces" if base else None)
+def _otlp_endpoint(signal: str) -> str | None:
+    own, base = (os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") for name in (f"{signal.upper()}_ENDPOINT", "ENDPOINT"))
+    return own or (f"{base.rstrip('/')}/v1/{signal}" if base else None)

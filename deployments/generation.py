@@ -42,6 +42,8 @@ class Choice:
     stops: StopStrings
     early: EarlyStop | None = None
     show_logprobs: bool = True
+    operation: str = "chat"
+    """By OpenTelemetry's GenAI conventions."""
     num_tokens: int = 0
     said: str = ""
     """The text so far."""
@@ -98,6 +100,11 @@ class Choice:
         return None if self.first_s is None else self.first_s - self.begun_s + self.request.age_s
 
     @property
+    def whole_s(self) -> float | None:
+        """From the request's arrival to the last token; None without one."""
+        return None if self.first_s is None else self.last_s - self.begun_s + self.request.age_s
+
+    @property
     def tpot_s(self) -> float:
         """Time per output token behind the first."""
         return 0.0 if self.first_s is None else (self.last_s - self.first_s) / max(self.num_tokens - 1, 1)
@@ -132,6 +139,7 @@ class Generation:
         text: TextModel,
         requests: list[Request],
         *,
+        operation: str = "chat",
         choices_per_prompt: int = 1,
         stops: list[str],
         early_stop: EarlyStopConfig | None = None,
@@ -149,6 +157,7 @@ class Generation:
                 StopStrings(stops),
                 None if early_stop is None else EarlyStop(early_stop),
                 show_logprobs,
+                operation,
             )
             for index, request in enumerate(requests)
         ]

@@ -17,16 +17,19 @@ from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.cluster.files import with_tenants_of_file
 from tailserve.deployments.client import RouterClient
 from tailserve.deployments.collector import keep_collector_out_of_steps
+from tailserve.deployments.generation import Choice
 from tailserve.deployments.http import create_app
-from tailserve.deployments.logs import log_with_serve
+from tailserve.deployments.logs import log_with_serve, logging_config
 from tailserve.deployments.metrics import Gatherer, Page
 from tailserve.deployments.models import model_name, resolve_model
+from tailserve.deployments.otlp_metrics import open_metrics
+from tailserve.deployments.request_log import RequestLog
 from tailserve.deployments.service import Service
 from tailserve.deployments.telemetry import RequestMetrics
 from tailserve.deployments.text import TextModel
 from tailserve.deployments.tracing import open_tracer
 from tailserve.engine.errors import NotReadyError, TailserveError
-from tailserve.engine.types import ModelInfo
+from tailserve.engine.types import FinishReason, ModelInfo, Request
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +93,22 @@ class Ingress:
         name = parsed.served_model_name or model_name(parsed.model)
         self._page = Page(metrics, model_name=name, instance=serve.get_replica_context().replica_id.unique_id)
         counts = RequestMetrics(self._page, {slo.name: slo for slo in parsed.classes()})
+        log = RequestLog(parsed.log_requests)
+        self._collected = open_metrics(parsed.otlp_metrics_endpoint, name)
         service = self._service = Service(parsed, text, client, name)
-        service.note_end = counts.note
+
+        def note_end(choice: Choice, reason: FinishReason) -> None:
+            log.note(choice, reason, met=counts.note(choice, reason))
+            if self._collected is not None:
+                self._collected.note(choice, reason)
+
+        def note_refusal(request: Request, error: TailserveError) -> None:
+            log.note_refusal(request, error, met=counts.note_refusal(request, error))
+
+        service.note_end, client.on_refusal = note_end, note_refusal
         service.note_gap = counts.note_gap
         service.tracer = open_tracer(parsed.otlp_traces_endpoint, "ingress")
         service.metrics = Gatherer({"ingresses": self._ingress_pages, "instances": self._calls.pages}).text
-        client.on_refusal = counts.note_refusal
         self._peers = serve.get_deployment_handle("Ingress") if parsed.num_ingresses > 1 else None
         keep_collector_out_of_steps()
         self._waiting = asyncio.get_event_loop().create_task(self._wait_for_model())
@@ -115,8 +128,9 @@ class Ingress:
             return
         # Serve waits for requests that are open; nobody need have one open for these.
         await self._service.background.finish()
-        if self._service.tracer is not None:
-            await asyncio.to_thread(self._service.tracer.close)
+        for sender in (self._service.tracer, self._collected):
+            if sender is not None:
+                await asyncio.to_thread(sender.close)
 
     async def _wait_for_model(self) -> None:
         # The call stays pending until the first router replica has loaded its model.
@@ -139,6 +153,6 @@ def deployment(config: TailserveConfig, router: Any) -> Any:
         # Admission is the router's: every open stream is an ongoing request here.
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=config.timeouts.drain_s,
-        logging_config={"enable_access_log": False},
+        logging_config=logging_config(config.log_format),
     )
     return node.bind(config.model_dump(mode="json", exclude={"num_instances", "autoscaling"}), router)

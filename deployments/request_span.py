@@ -51,6 +51,11 @@ class RequestSpan:
         self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
 
 
+def operation_of(body: GenerationBody) -> str:
+    """What the conventions call it."""
+    return "chat" if isinstance(body, ChatBody) else "text_completion"
+
+
 def open_span(
     tracer: Tracer,
     headers: Mapping[str, str],
@@ -62,7 +67,7 @@ def open_span(
     age_s: float,
 ) -> RequestSpan:
     """Under the client's own trace, if it has one. No text is among the attributes. `age_s`: seconds since it arrived."""
-    operation = "chat" if isinstance(body, ChatBody) else "text_completion"
+    operation = operation_of(body)
     span = RequestSpan(tracer, tracer.begin(f"{operation} {model}", headers, age_s))
     span._set(
         {

@@ -22,7 +22,7 @@ from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.draft import DraftLink, DraftOptions
 from tailserve.deployments.draft_kinds import plan_draft
-from tailserve.deployments.logs import log_with_serve
+from tailserve.deployments.logs import log_with_serve, logging_config
 from tailserve.deployments.loop import EngineLoop
 from tailserve.deployments.metrics import Page
 from tailserve.deployments.models import model_name
@@ -240,7 +240,7 @@ def deployment(config: TailserveConfig) -> Any:
         request_router_config={
             "request_router_class": "tailserve.cluster.request_router:InstanceRequestRouter",
         },
-        logging_config={"enable_access_log": False},
+        logging_config=logging_config(config.log_format),
     )
     # Without the number of replicas: to change it must not start those anew that there are.
     return node.bind(config.model_dump(mode="json", exclude={"num_instances", "autoscaling"}))

@@ -21,7 +21,7 @@ from tailserve.deployments.generation import Choice, Generation
 from tailserve.deployments.headers import short_header, timeout_of
 from tailserve.deployments.openai import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from tailserve.deployments.public import PublicPrefixes
-from tailserve.deployments.request_span import open_span
+from tailserve.deployments.request_span import open_span, operation_of
 from tailserve.deployments.responses import ResponseFormat
 from tailserve.deployments.text import TextModel
 from tailserve.deployments.tracing import Tracer
@@ -147,6 +147,7 @@ class Service:
             self._client,
             self._text,
             requests,
+            operation=operation_of(body),
             choices_per_prompt=body.n,
             stops=body.stops(),
             early_stop=self._early_stop(body, slo_class),

@@ -5,6 +5,7 @@ Labels are bounded: the model, the class, an end's or a refusal's reason, the in
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -58,29 +59,35 @@ class RequestMetrics:
             self._attained.inc(0, slo_class=slo.name)
             self._missed.inc(0, slo_class=slo.name)
 
-    def note_refusal(self, request: Request, error: TailserveError) -> None:
-        """No instance took a request. Where that is no fault of its class being full, it missed its targets."""
-        self._refused.inc(slo_class=request.slo_class, reason=error.code)
-        if not isinstance(error, QueueFullError | InvalidRequestError):
-            self._missed.inc(slo_class=request.slo_class)
+    def note_refusal(self, request: Request, error: TailserveError) -> bool | None:
+        """No instance took a request. Where that is no fault of its class being full, it missed its targets.
 
-    def note(self, choice: Choice, reason: FinishReason) -> None:
-        """A choice ended. What its client gave up says nothing of its pace."""
+        Returns whether its targets were met; None where nothing can be said of that.
+        """
+        self._refused.inc(slo_class=request.slo_class, reason=error.code)
+        if isinstance(error, QueueFullError | InvalidRequestError):
+            return None
+        self._missed.inc(slo_class=request.slo_class)
+        return False
+
+    def note(self, choice: Choice, reason: FinishReason) -> bool | None:
+        """A choice ended. What its client gave up says nothing of its pace. Returns the same as `note_refusal`."""
         slo = self._classes[choice.request.slo_class]
         self._ended.inc(slo_class=slo.name, finished_reason=reason)
         if reason is FinishReason.ABORT:
-            return
-        ttft_s, in_time = choice.ttft_s, False
-        if ttft_s is not None:
+            return None
+        ttft_s, whole_s, in_time = choice.ttft_s, choice.whole_s, False
+        if ttft_s is not None and whole_s is not None:
             self._ttft.observe(ttft_s, slo_class=slo.name)
             self._tpot.observe(choice.tpot_s, slo_class=slo.name)
-            self._whole.observe(ttft_s + choice.last_s - (choice.first_s or 0.0), slo_class=slo.name)
+            self._whole.observe(whole_s, slo_class=slo.name)
             if choice.timeline is not None:
                 for part, seconds in zip(self._parts, choice.timeline.parts, strict=True):
                     part.observe(seconds, slo_class=slo.name)
             in_time = ttft_s <= slo.ttft_s and choice.tpot_s <= slo.tpot_s
         met = in_time and reason is not FinishReason.ERROR
         (self._attained if met else self._missed).inc(slo_class=slo.name)
+        return met
 
 
 class Reading(NamedTuple):
@@ -89,7 +96,7 @@ class Reading(NamedTuple):
     name: str
     text: str
     value: float
-    slo_class: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
     counter: bool = True
 
 
@@ -103,16 +110,25 @@ def readings(engine: Engine) -> Iterator[Reading]:
     yield Reading("prefix_cache_queries", "Tokens looked up in the prefix cache", stats.prefix_cache_queries)
     yield Reading("prefix_cache_hits", "Those of them that were found", stats.prefix_cache_hits)
     yield Reading("num_preemptions", "Sequences that lost their slot for a while", stats.preemptions)
-    yield Reading("spec_decode_num_draft_tokens", "Draft tokens verified", stats.draft_tokens)
+    yield Reading("spec_decode_num_drafts", "Times that a sequence was drafted for", stats.drafts)
+    yield Reading("spec_decode_num_draft_tokens", "Draft tokens verified, of all branches", stats.draft_tokens)
     yield Reading("spec_decode_num_accepted_tokens", "Those of them that held", stats.accepted_draft_tokens)
+    for place, count in enumerate(stats.accepted_by_position.copy()):
+        where = (("position", str(place)),)
+        yield Reading("spec_decode_num_accepted_tokens_per_pos", "The same by their place in a draft, from 0", count, where)
     yield Reading("draft_timeouts", "Steps that the draft was too late for", stats.draft_timeouts)
     yield Reading("executor_restarts", "Verifiers started anew", stats.executor_restarts)
-    yield Reading("num_requests_running", "Sequences that have a slot", gauges.num_running, counter=False)
-    yield Reading("num_requests_waiting", "Sequences that wait for one", gauges.num_waiting, counter=False)
     yield Reading("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1", gauges.kv_cache_usage, counter=False)
     yield Reading("host_kv_cache_usage_perc", "The same of the second tier's", gauges.host_kv_cache_usage, counter=False)
+    # The engine's thread goes on, and its lists change.
+    residency = engine.scheduler.residency
+    lines = residency.running.copy(), residency.waiting.copy()
+    running, waiting = (Counter(seq.slo.name for seq in line) for line in lines)
     for name, pace in engine.paces().items():
-        yield Reading("batch_cap", "Sequences that keep a class's pace", pace.cap, name, counter=False)
+        where = (("slo_class", name),)
+        yield Reading("num_requests_running", "Sequences that have a slot", running[name], where, counter=False)
+        yield Reading("num_requests_waiting", "Sequences that wait for one", waiting[name], where, counter=False)
+        yield Reading("batch_cap", "Sequences that keep a class's pace", pace.cap, where, counter=False)
 
 
 class InstanceMetrics:
@@ -121,17 +137,17 @@ class InstanceMetrics:
     def __init__(self, page: Page) -> None:
         self._page = page
         self._metrics: dict[str, Metric] = {}
-        self._counted: dict[tuple[str, str | None], float] = {}
+        self._counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
 
     def note(self, engine: Engine) -> None:
         """Takes the state of the moment."""
         for reading in readings(engine):
-            labels = {} if reading.slo_class is None else {"slo_class": reading.slo_class}
+            labels = dict(reading.labels)
             if reading.name not in self._metrics:
                 make = self._page.counter if reading.counter else self._page.gauge
                 self._metrics[reading.name] = make(reading.name, reading.text, *labels)
             if reading.counter:
-                key = reading.name, reading.slo_class
+                key = reading.name, reading.labels
                 self._metrics[reading.name].inc(reading.value - self._counted.get(key, 0.0), **labels)
                 self._counted[key] = reading.value
             else:

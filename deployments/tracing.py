@@ -14,10 +14,19 @@ from tailserve.cluster.settings import settings
 from tailserve.engine.types import Timeline
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.resources import Resource
     from opentelemetry.trace import Span
 
 PREFIX = "tailserve."
 NANO = 1e9
+
+
+def resource(process: str) -> Resource:
+    """Who says it: the service's name, and which of its processes."""
+    from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+
+    named = {SERVICE_NAME: settings().otel_service_name or "tailserve"}
+    return Resource.create(named | {f"{PREFIX}process": process})
 
 
 class Tracer:
@@ -26,13 +35,11 @@ class Tracer:
     def __init__(self, endpoint: str, process: str) -> None:
         """`endpoint`: a collector's URL for traces over HTTP. `process`: what this one is."""
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        named = {SERVICE_NAME: settings().otel_service_name or "tailserve"}
-        provider = TracerProvider(resource=Resource.create(named | {f"{PREFIX}process": process}))
+        provider = TracerProvider(resource=resource(process))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         self._provider = provider
         self._tracer = provider.get_tracer("tailserve")

@@ -219,6 +219,10 @@ class Scheduler:
         accepted = min(taken, len(token_ids) - 1)
         seq.num_accepted_drafts += accepted
         self.stats.accepted_draft_tokens += accepted
+        by_position = self.stats.accepted_by_position
+        by_position.extend([0] * (accepted - len(by_position)))
+        for place in range(accepted):
+            by_position[place] += 1
         self.residency.register(seq)
         out = tuple(token_ids[:taken])
         kept = None if logprobs is None else tuple(logprobs[:taken])

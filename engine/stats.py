@@ -25,8 +25,12 @@ class EngineStats(msgspec.Struct, kw_only=True):
     """Blocks copied to the second tier and back."""
     move_seconds: float = 0.0
     preemptions: int = 0
+    drafts: int = 0
+    """Times that a sequence's next tokens were drafted, in one branch or several."""
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
+    accepted_by_position: list[int] = []
+    """Those of them at a draft's first place, its second, and so on."""
     drafted_by_kind: dict[str, int] = {}
     accepted_by_kind: dict[str, int] = {}
     draft_timeouts: int = 0

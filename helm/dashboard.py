@@ -27,13 +27,22 @@ def _gauge(name: str) -> dict[str, str]:
     return {"{{replica}}": f'ray_tailserve_{name}{{model_name=~"$model"}}'}
 
 
-def _ends(name: str) -> str:
-    return f'sum by (slo_class) (rate(ray_tailserve_slo_{name}_total{{model_name=~"$model"}}[$__rate_interval]))'
+def _by_class(name: str) -> dict[str, str]:
+    return {"{{slo_class}}": f'sum by (slo_class) (ray_tailserve_{name}{{model_name=~"$model"}})'}
+
+
+def _rate(name: str, *labels: str) -> str:
+    of = f'rate(ray_tailserve_{name}_total{{model_name=~"$model"}}[$__rate_interval])'
+    return f"sum by ({', '.join(labels)}) ({of})" if labels else f"sum({of})"
+
+
+def _part(name: str) -> str:
+    return _quantile(f"ray_tailserve_request_{name}_time_seconds", 0.99)
 
 
 # A counter is there once it has counted.
-_ATTAINED = f"({_ends('attained')} or 0 * {_ends('missed')})"
-_ENDED = f"({_ATTAINED} + ({_ends('missed')} or 0 * {_ends('attained')}))"
+_ATTAINED = f"({_rate('slo_attained', 'slo_class')} or 0 * {_rate('slo_missed', 'slo_class')})"
+_ENDED = f"({_ATTAINED} + ({_rate('slo_missed', 'slo_class')} or 0 * {_rate('slo_attained', 'slo_class')}))"
 PANELS = [
     Panel(
         "Targets met",
@@ -43,10 +52,41 @@ PANELS = [
     Panel("Answers a second", "reqps", {"{{slo_class}}": _ENDED}),
     Panel("Time to first token", "s", _tail("ray_tailserve_time_to_first_token_seconds")),
     Panel("Time per output token", "s", _tail("ray_tailserve_request_time_per_output_token_seconds")),
-    Panel("Running sequences", "short", _gauge("num_requests_running")),
-    Panel("Waiting sequences", "short", _gauge("num_requests_waiting")),
+    Panel(
+        "Where the time goes, p99",
+        "s",
+        {f"{name} {{{{slo_class}}}}": _part(name) for name in ("queue", "prefill", "decode")},
+    ),
+    Panel(
+        "Tokens a second",
+        "short",
+        {"read": _rate("prompt_tokens"), "generated": _rate("generation_tokens")},
+    ),
+    Panel("Running sequences", "short", _by_class("num_requests_running")),
+    Panel("Waiting sequences", "short", _by_class("num_requests_waiting")),
+    Panel("Sequences that keep the pace", "short", _by_class("batch_cap")),
+    Panel("Sequences displaced a second", "short", {"displaced": _rate("num_preemptions")}),
     Panel("KV blocks in use", "percentunit", _gauge("kv_cache_usage_perc")),
     Panel("Host KV blocks in use", "percentunit", _gauge("host_kv_cache_usage_perc")),
+    Panel(
+        "Prompt tokens found in the cache",
+        "percentunit",
+        {"found": f"{_rate('prefix_cache_hits')} / {_rate('prefix_cache_queries')}"},
+    ),
+    Panel(
+        "Draft tokens that held",
+        "percentunit",
+        {"all": f"{_rate('spec_decode_num_accepted_tokens')} / {_rate('spec_decode_num_draft_tokens')}"}
+        | {
+            "place {{position}}": f"{_rate('spec_decode_num_accepted_tokens_per_pos', 'position')}"
+            f" / on () group_left () {_rate('spec_decode_num_drafts')}"
+        },
+    ),
+    Panel("How answers end", "reqps", {"{{finished_reason}}": _rate("request_success", "finished_reason")}),
+    Panel("Refusals a second", "reqps", {"{{slo_class}} {{reason}}": _rate("admission_rejections", "slo_class", "reason")}),
+    Panel("The verifier works", "percentunit", {"{{replica}}": _rate("verifier_seconds", "replica")}),
+    # No rate: a counter that begins with its first count has none then.
+    Panel("Verifiers started anew", "short", {"{{replica}}": 'ray_tailserve_executor_restarts_total{model_name=~"$model"}'}),
 ]
 
 

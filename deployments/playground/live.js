@@ -48,7 +48,7 @@ function take(samples) {
   definePlots(names);
   table(names);
   for (const plot of plots.values()) extend(plot);
-  const instances = samples.get("tailserve_num_requests_running")?.length ?? 0;
+  const instances = samples.get("tailserve_kv_cache_usage_perc")?.length ?? 0;
   say(`${instances} instance${instances === 1 ? "" : "s"}, ${names.length} classes`);
 }
 

@@ -23,7 +23,18 @@ export function render(element, text, growing) {
   // What scrolls by itself can be reached by keyboard.
   for (const wide of clean.querySelectorAll("pre, table")) wide.tabIndex = 0;
   if (growing) markLastSentence(clean);
-  element.replaceChildren(clean);
+  update(element, clean);
+}
+
+// What is as it was stays, and with it what somebody has selected there.
+function update(element, fresh) {
+  let kept = 0;
+  while (kept < element.childNodes.length && fresh.firstChild?.isEqualNode(element.childNodes[kept])) {
+    fresh.firstChild.remove();
+    kept += 1;
+  }
+  while (element.childNodes.length > kept) element.lastChild.remove();
+  element.append(fresh);
 }
 
 /** How many characters of a growing text are whole sentences. */

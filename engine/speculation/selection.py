@@ -92,6 +92,7 @@ class DraftSelection:
     def observe(self, entry: Scheduled, token_ids: List[int]) -> None:
         """What a step made of an entry: draft tokens that held, and one of the verifier's own."""
         seq = entry.seq
+        self._stats.drafts += any(entry.drafts)
         for draft, tokens in zip(entry.proposed, entry.drafts, strict=True):
             held = _num_equal(tokens, token_ids[:-1])
             seq.num_drafted += len(tokens)

@@ -150,6 +150,15 @@ def test_selectors_find_the_pods() -> None:
         assert selector <= head
 
 
+def test_a_strict_network_policy_lets_telemetry_out() -> None:
+    collectors = {"otlp_traces_endpoint": "http://one:4319/v1/traces", "otlp_metrics_endpoint": "https://two/v1/metrics"}
+    policy = render(
+        "minimal", "networkPolicy.enabled=true", "networkPolicy.extraEgress=[]", f"config={json.dumps(collectors)}"
+    )
+    egress = policy.objects["NetworkPolicy", "llm-tailserve"]["spec"]["egress"]
+    assert {4319, 443} <= {port["port"] for rule in egress for port in rule.get("ports", [])}
+
+
 def test_a_strict_network_policy_leaves_the_ways_that_are_needed() -> None:
     policy = render("gpu", "networkPolicy.enabled=true").objects["NetworkPolicy", "llm-tailserve"]
     ports = {port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", [])}

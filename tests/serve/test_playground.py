@@ -205,6 +205,21 @@ async def test_markdown_of_an_answer_can_do_no_harm(browser: Browser) -> None:
     assert not re.search(r"<img|javascript:|<form|<button|<script|onerror|<label|<dialog", html)
 
 
+async def test_what_is_written_stays_selected_while_the_answer_grows(browser: Browser) -> None:
+    selected = await browser.page.evaluate(
+        """async () => {
+          const { render } = await import(new URL("playground/markdown.js", document.baseURI));
+          const element = document.createElement("div");
+          document.body.append(element);
+          render(element, "First.\\n\\nSecond", true);
+          getSelection().selectAllChildren(element.firstChild);
+          render(element, "First.\\n\\nSecond one.\\n\\nThird", true);
+          return [getSelection().toString().trim(), element.textContent.replaceAll("\\n", "|")];
+        }"""
+    )
+    assert selected == ["First.", "First.||Second one.||Third|"]
+
+
 async def test_the_live_tab_shows_what_happens(server: Server, browser: Browser) -> None:
     await browser.page.get_by_role("tab", name="Live").click()
     await expect(browser.page.locator("#live-state")).to_contain_text("1 instance")

@@ -1,17 +1,18 @@
-"""A request's trace over all its processes, as a collector gets it."""
+"""A request's trace over all its processes, as a collector gets it; and its line of log."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import json
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+import ray
+from collector import Collector, attributes
 from ray import serve
 from tiny import save_tiny
 
@@ -26,40 +27,6 @@ SPANS = {
     "verifier": {"verify"},
     "draft": {"draft"},
 }
-
-
-class Collector:
-    """Takes traces over HTTP."""
-
-    def __init__(self) -> None:
-        self.spans: list[tuple[str, Any]] = []
-        """With the process of each."""
-        taken = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                data = self.rfile.read(int(self.headers["Content-Length"]))
-                for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
-                    process = attributes(resource.resource)["tailserve.process"]
-                    for scope in resource.scope_spans:
-                        taken.spans += [(process, span) for span in scope.spans]
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1/traces"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def attributes(thing: Any) -> dict[str, Any]:
-    return {entry.key: getattr(entry.value, entry.value.WhichOneof("value")) for entry in thing.attributes}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +44,10 @@ def url(ray_cluster: int, tmp_path_factory: pytest.TempPathFactory, collector: C
         "served_model_name": "tiny",
         "speculation": 2,
         "num_kv_blocks": 200,
-        "otlp_traces_endpoint": collector.url,
+        "otlp_traces_endpoint": f"{collector.url}/v1/traces",
+        "otlp_metrics_endpoint": f"{collector.url}/v1/metrics",
+        "log_format": "json",
+        "log_requests": "all",
     }
     serve.run(build_app(parse_config(config)), name=NAME, route_prefix=f"/{NAME}")
     yield f"http://127.0.0.1:{ray_cluster}/{NAME}"
@@ -125,3 +95,21 @@ async def test_one_tree_over_four_processes_says_where_the_time_went(url: str, c
     assert root.start_time_unix_nano - slack <= moments[0]
     assert moments[-1] <= root.end_time_unix_nano + slack
     assert attributes(by_name["verify"])["tailserve.steps"] == attributes(by_name["decode"])["tailserve.steps"]
+
+
+async def test_the_log_has_an_object_for_each_request_with_its_id(url: str) -> None:
+    async with httpx.AsyncClient(timeout=60) as client:
+        body = {"prompt": "A secret", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+        answer = await client.post(f"{url}/v1/completions", json=body, headers={"X-Request-Id": "mine"})
+    assert answer.headers["x-request-id"] == "mine"
+    said = await asyncio.to_thread(_logged)
+    (line,) = [entry for entry in said if entry.get("request_id") == "mine"]
+    assert (line["client_request_id"], line["finish_reason"], line["output_tokens"]) == ("mine", "length", 3)
+    assert line["ttft_s"] > 0
+    assert "secret" not in str(said)
+
+
+def _logged() -> list[dict[str, Any]]:
+    """The ingress' log."""
+    (file,) = Path(ray._private.worker._global_node.get_logs_dir_path(), "serve").glob(f"replica_{NAME}_Ingress_*.log")
+    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -71,12 +71,12 @@ async def test_who_leaves_says_nothing_of_the_pace(counted: Edge) -> None:
     ) as answer:
         async for _ in answer.aiter_lines():
             break
-        assert (await values(counted))["num_requests_running", "back"] == 1
+        assert (await values(counted))["num_requests_running", "normal"] == 1
     await counted.settle()
     found = await values(counted)
     assert found["request_success_total", "normal"] == 1
     assert found["slo_attained_total", "normal"] == found["slo_missed_total", "normal"] == 0
-    assert found["num_requests_running", "back"] == 0
+    assert found["num_requests_running", "normal"] == 0
 
 
 async def test_what_goes_wrong_counts_once(counted: Edge) -> None:
