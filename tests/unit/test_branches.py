@@ -64,6 +64,11 @@ def test_whichever_draft_is_right_it_counts(place: int) -> None:
     assert all(len(row) == 3 for batch in steps for row in batch.branches.values() if len(batch.rows) == 3)
     held = engine.stats.accepted_by_kind
     assert held["fake" if place == 0 else "fake beside"] == engine.stats.accepted_draft_tokens > 40
+    # Several branches are one draft, of which at each place at most one token holds.
+    by_position = engine.stats.accepted_by_position
+    assert sum(by_position) == engine.stats.accepted_draft_tokens
+    assert by_position == sorted(by_position, reverse=True)
+    assert by_position[0] <= engine.stats.drafts <= 3 * engine.stats.steps
 
 
 def test_a_step_has_so_many_branches_and_no_more() -> None:
