@@ -46,14 +46,17 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def rates() -> list[float]:
-    """What an instance does, once it was measured."""
-    return []
+def capacity(port: int, config: dict[str, Any]) -> float:
+    """Requests a second of one instance that stays alone, and is never idle."""
+    serve.run(build_app(parse_config(config | {"autoscaling": None})), name="alone", route_prefix="/alone")
+    found = asyncio.run(_capacity(f"http://127.0.0.1:{port}/alone/v1"))
+    serve.delete("alone")
+    return found
 
 
 @pytest.mark.parametrize("policy", ["tailserve", "default"])
 async def test_a_load_step(
-    port: int, config: dict[str, Any], policy: str, rates: list[float], monkeypatch: pytest.MonkeyPatch
+    port: int, config: dict[str, Any], policy: str, capacity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if policy == "default":
         scaling = {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 2, "downscale_delay_s": 10}
@@ -62,10 +65,6 @@ async def test_a_load_step(
     began, instances = time.monotonic(), [(0.0, 1)]
     watching = asyncio.create_task(_watch(policy, instances, began))
     async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/{policy}/v1", api_key="-", max_retries=0) as client:
-        if not rates:
-            rates.append(await _capacity(client))
-        # The same for both.
-        (capacity,) = rates
         quiet = await _load(client, 0.4 * capacity, QUIET_S)
         begin = time.monotonic() - began
         step = await _load(client, 1.4 * capacity, STEP_S)
@@ -91,16 +90,17 @@ def _met(answers: list[tuple[float, float]]) -> float:
     return 100 * statistics.mean(ttft <= TTFT_S for _, ttft in answers)
 
 
-async def _capacity(client: openai.AsyncOpenAI) -> float:
-    """Requests a second of an instance that is never idle; measured until it grows no more, since a new one is slow."""
+async def _capacity(url: str) -> float:
+    """Measured until it grows no more, since a new instance is slow."""
     before = 0.0
-    while True:
-        begin = time.monotonic()
-        await asyncio.gather(*(_answer(client) for _ in range(8)))
-        rate = 8 / (time.monotonic() - begin)
-        if rate < 1.1 * before:
-            return max(rate, before)
-        before = rate
+    async with openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=0) as client:
+        while True:
+            begin = time.monotonic()
+            await asyncio.gather(*(_answer(client) for _ in range(16)))
+            rate = 16 / (time.monotonic() - begin)
+            if rate < 1.1 * before:
+                return max(rate, before)
+            before = rate
 
 
 async def _load(client: openai.AsyncOpenAI, rate: float, seconds: float) -> list[tuple[float, float]]:
