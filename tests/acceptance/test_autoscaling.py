@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -18,13 +19,14 @@ from tailserve.cluster.config import parse_config
 from tailserve.deployments import router
 from tailserve.deployments.app import build_app
 
-TTFT_S, TOKENS = 1.0, 100
+TTFT_S, TOKENS = 1.0, 30
 QUIET_S, STEP_S = 10.0, 70.0
 
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    with local_ray(num_cpus=16) as port:
+    slow = {"worker_process_setup_hook": "slow_steps.install", "env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    with local_ray(num_cpus=16, runtime_env=slow) as port:
         yield port
 
 

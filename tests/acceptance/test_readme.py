@@ -91,13 +91,15 @@ def installed(clone: Clone) -> Clone:
     return clone
 
 
+@pytest.fixture(scope="class")
+def server(clone: Clone) -> Iterator[Clone]:
+    """It serves until the tests of a class are done: others want the port."""
+    with clone.serving(command("serve")):
+        yield clone
+
+
 class TestServed:
     """With what the first command serves."""
-
-    @pytest.fixture(scope="class")
-    def server(self, clone: Clone) -> Iterator[Clone]:
-        with clone.serving(command("serve")):
-            yield clone
 
     def test_the_page(self, server: Clone) -> None:
         with urllib.request.urlopen(URL, timeout=10) as page:

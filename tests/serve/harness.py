@@ -85,14 +85,14 @@ async def stream_text(client: openai.AsyncOpenAI, prompt: str, **fields: Any) ->
 
 
 @contextlib.contextmanager
-def local_ray(num_cpus: int) -> Iterator[int]:
-    """Ray and Serve on this machine alone; the port that Serve listens on."""
+def local_ray(num_cpus: int, **options: Any) -> Iterator[int]:
+    """Ray and Serve on this machine alone; the port that Serve listens on. `options`: more of `ray.init`."""
     # As `tailserve serve` does, but for this process, where ray.serve is imported already: its handles are called from many
     # event loops, which Serve's throughput mode does not allow.
     prepare_serve()
     # Otherwise the first instances are slow until they have compiled.
     subprocess.run([sys.executable, "-m", "tailserve.engine.model.compiled", "float32", "none"], check=True)
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, **options)
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield port
