@@ -37,6 +37,7 @@ export function startChat() {
     following = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
     $("follow").hidden = following || !running;
   });
+  new ResizeObserver(keepUp).observe($("log"));
   showAll();
   addEventListener("pagehide", () => conversation.save());
   const last = conversation.turns.at(-1);

@@ -11,6 +11,7 @@ const LATENCIES = [
   ["First token", "time_to_first_token_seconds", "slo_ttft_target_seconds"],
   ["Per token", "request_time_per_output_token_seconds", "slo_tpot_target_seconds"],
 ];
+const short = new Intl.NumberFormat("en", { notation: "compact" });
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const history = []; // {at, samples}, of the last minute
@@ -165,7 +166,8 @@ function plot(title, lines, latency = false) {
       width: figure.clientWidth,
       height: 180,
       series: [{ label: "time" }, ...series],
-      axes: [axis, { ...axis, size: 60 }],
+      // On a logarithmic scale ticks that have no room come as null.
+      axes: [axis, { ...axis, size: 60, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short.format(tick))) }],
       // A target and what is far below it are both to be seen.
       scales: { y: latency ? { distr: 3 } : { range: (_, least, most) => [0, Math.max(most ?? 0, 1) * 1.1] } },
       legend: { live: true },
