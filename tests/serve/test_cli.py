@@ -67,6 +67,7 @@ def test_mistakes_are_told_in_one_line(arguments: list[str], message: str, tmp_p
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow  # Ray starts for it; why a model is refused is the unit tests' matter
 def test_a_model_that_cannot_be_served_is_refused_with_the_reason(tmp_path: Path) -> None:
     import shutil
 

@@ -178,7 +178,14 @@ async def test_a_critical_request_takes_a_slot_and_the_displaced_one_completes(
 
 
 @pytest.mark.parametrize(
-    ("victim", "how"), [("draft", "kill"), ("verifier", "kill"), ("draft", "hang"), ("verifier", "hang")]
+    ("victim", "how"),
+    [
+        ("draft", "kill"),
+        ("verifier", "kill"),
+        # Half a minute each, to notice.
+        pytest.param("draft", "hang", marks=pytest.mark.slow),
+        pytest.param("verifier", "hang", marks=pytest.mark.slow),
+    ],
 )
 async def test_a_model_process_that_dies_or_hangs_costs_no_stream(
     server: Server,
