@@ -26,7 +26,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module", params=["STRICT_PACK", pytest.param("PACK", marks=pytest.mark.slow)])
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["STRICT_PACK", "PACK"])
 def url(ray_cluster: int, model: str, request: pytest.FixtureRequest) -> Iterator[str]:
     config: dict[str, Any] = {
         "model": model,
