@@ -21,7 +21,8 @@ from tailserve.cluster.config import parse_config
 from tailserve.deployments.app import build_app
 
 NAME = "two"
-LENGTH = 40
+LENGTH = 160
+"""Of a stream: the first has not ended when the last begins, also where they begin late."""
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +176,11 @@ class Streams:
         )
         text, tokens, last = "", 0, time.monotonic()
         async for chunk in stream:
-            self._begun += not text
+            piece = chunk.choices[0].text if chunk.choices else ""
+            self._begun += bool(piece) and not text
             self.longest_pause = max(self.longest_pause, time.monotonic() - last)
             last = time.monotonic()
-            text += chunk.choices[0].text if chunk.choices else ""
+            text += piece
             tokens = chunk.usage.completion_tokens if chunk.usage else tokens
         assert tokens == LENGTH
         return text, tokens
