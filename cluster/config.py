@@ -122,6 +122,7 @@ class TailserveConfig(_Strict):
         default=None,
         description="URL of a collector that takes OTLP over HTTP; default: as OpenTelemetry's own variables say, else none",
     )
+    otlp_metrics_endpoint: str | None = Field(default=None, description="the same of metrics, which Prometheus gets anyway")
     log_format: LogFormat = Field(
         default="text",
         description="of ingress and router, in Serve's log files; json: an object a line, with the request's id",
@@ -130,7 +131,6 @@ class TailserveConfig(_Strict):
         default="missed",
         description="which requests have a line in the ingress' log file; missed: those that were late, or failed",
     )
-    otlp_metrics_endpoint: str | None = Field(default=None, description="the same of metrics, which Prometheus gets anyway")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: Literal["none", "int8"] = Field(
         default="none", description="int8: weights and activations of the verifier's products, on CPUs"

@@ -16,7 +16,7 @@ SERVE_ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Which the line above would turn off, and with it the warnings of ingress and router on the console.
     "RAY_SERVE_LOG_TO_STDERR": "1",
-    # Which it would also make of every thousandth line of the log files; what waits is lost with its process.
+    # Throughput mode would have log files written a thousand lines at a time, and what waits is lost with its process.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
     # Ten times a second by default, which is a core's twentieth on a small machine. It places, replaces and scales replicas.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",

@@ -100,9 +100,9 @@ class Choice:
         return None if self.first_s is None else self.first_s - self.begun_s + self.request.age_s
 
     @property
-    def whole_s(self) -> float | None:
-        """From the request's arrival to the last token; None without one."""
-        return None if self.first_s is None else self.last_s - self.begun_s + self.request.age_s
+    def whole_s(self) -> float:
+        """From the request's arrival to the last token."""
+        return 0.0 if self.first_s is None else self.last_s - self.begun_s + self.request.age_s
 
     @property
     def tpot_s(self) -> float:

@@ -28,8 +28,8 @@ class GenAiMetrics:
         self._model = model
 
     def note(self, choice: Choice, reason: FinishReason) -> None:
-        """A choice ended. What its client gave up says nothing."""
-        if reason is FinishReason.ABORT:
+        """A choice ended. What its client gave up says nothing, nor does what got no token."""
+        if reason is FinishReason.ABORT or choice.ttft_s is None:
             return
         attributes = {
             "gen_ai.operation.name": choice.operation,
@@ -40,11 +40,10 @@ class GenAiMetrics:
         }
         if reason is FinishReason.ERROR:
             attributes["error.type"] = "internal_error"
-        elif choice.ttft_s is not None:
+        else:
             self._ttft.record(choice.ttft_s, attributes)
             self._tpot.record(choice.tpot_s, attributes)
-        if choice.whole_s is not None:
-            self._whole.record(choice.whole_s, attributes)
+        self._whole.record(choice.whole_s, attributes)
 
     def close(self) -> None:
         """Sends what is left."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import msgspec
+
 from tailserve.cluster.config import Logged
 from tailserve.deployments.generation import Choice
 from tailserve.engine.errors import TailserveError
@@ -34,15 +36,7 @@ class RequestLog:
         if choice.ttft_s is not None:
             fields |= {"ttft_s": round(choice.ttft_s, 4), "tpot_s": round(choice.tpot_s, 5)}
         if choice.timeline is not None:
-            line = choice.timeline
-            seconds = {
-                "queue_s": line.queue_s,
-                "prefill_s": line.prefill_s,
-                "decode_s": line.decode_s,
-                "paused_s": line.paused_s,
-            }
-            fields |= {name: round(value, 4) for name, value in seconds.items()}
-            fields |= {"preemptions": line.num_preemptions, "steps": line.num_steps}
+            fields |= {name: round(value, 4) for name, value in msgspec.structs.asdict(choice.timeline).items()}
         if met is not None:
             fields["slo_met"] = met
         ends = {FinishReason.ABORT: "left", FinishReason.ERROR: "failed"}

@@ -76,11 +76,11 @@ class RequestMetrics:
         self._ended.inc(slo_class=slo.name, finished_reason=reason)
         if reason is FinishReason.ABORT:
             return None
-        ttft_s, whole_s, in_time = choice.ttft_s, choice.whole_s, False
-        if ttft_s is not None and whole_s is not None:
+        ttft_s, in_time = choice.ttft_s, False
+        if ttft_s is not None:
             self._ttft.observe(ttft_s, slo_class=slo.name)
             self._tpot.observe(choice.tpot_s, slo_class=slo.name)
-            self._whole.observe(whole_s, slo_class=slo.name)
+            self._whole.observe(choice.whole_s, slo_class=slo.name)
             if choice.timeline is not None:
                 for part, seconds in zip(self._parts, choice.timeline.parts, strict=True):
                     part.observe(seconds, slo_class=slo.name)
@@ -90,13 +90,17 @@ class RequestMetrics:
         return met
 
 
+Labels = tuple[tuple[str, str], ...]
+"""Names and values."""
+
+
 class Reading(NamedTuple):
     """A value that an engine knows by itself."""
 
     name: str
     text: str
     value: float
-    labels: tuple[tuple[str, str], ...] = ()
+    labels: Labels = ()
     counter: bool = True
 
 
@@ -137,7 +141,7 @@ class InstanceMetrics:
     def __init__(self, page: Page) -> None:
         self._page = page
         self._metrics: dict[str, Metric] = {}
-        self._counted: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._counted: dict[tuple[str, Labels], float] = {}
 
     def note(self, engine: Engine) -> None:
         """Takes the state of the moment."""

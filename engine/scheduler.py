@@ -220,8 +220,9 @@ class Scheduler:
         seq.num_accepted_drafts += accepted
         self.stats.accepted_draft_tokens += accepted
         by_position = self.stats.accepted_by_position
-        by_position.extend([0] * (accepted - len(by_position)))
         for place in range(accepted):
+            if place == len(by_position):
+                by_position.append(0)
             by_position[place] += 1
         self.residency.register(seq)
         out = tuple(token_ids[:taken])

@@ -1,6 +1,7 @@
 """Chats on a KV pool that is too small for all of them, with a second tier in host memory and without, round by round.
 
-Each user holds a chat, with pauses between the turns, and a critical request after the other is answered beside them. The
+Each user holds a chat, with pauses between the turns, and a critical request after the other is answered beside them; or,
+with --one-at-a-time, all users take turns without a pause, one request is in flight, and there are no critical ones. The
 pools: "large" has room for all chats, "small" for a part of them, "two tiers" is the small one with host memory behind it.
 Chats and requests are the same for each.
 
@@ -18,6 +19,7 @@ import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import contestants
 from contestants import Contestant
@@ -27,6 +29,7 @@ from tailserve.cluster.settings import prepare_serve
 from tailserve.deployments.bench.load import Client, Sample, Workload
 from tailserve.deployments.bench.report import summarize, table
 
+CRITICAL_KEYS = ("TPOT_p50_ms", "TPOT_p99_ms", "ITL_p99_ms")
 CRITICAL = Workload("critical", 32, 32, headers={"X-SLO-Class": "critical"})
 
 
@@ -43,17 +46,22 @@ async def measure(contestant: Contestant, args: argparse.Namespace, number: int)
     found = Round()
     with contestant.awake() as url:
         async with Client(url) as client:
-            asking = asyncio.create_task(_ask(client, found.critical, random.Random(number)))
+            asking = None
+            if not args.one_at_a_time:
+                asking = asyncio.create_task(_ask(client, found.critical, random.Random(number)))
+            # Whoever waits longest is next.
+            limits: dict[str, Any] = {"in_flight": asyncio.Lock()} if args.one_at_a_time else {"pause_s": args.pause}
             # Nothing of a round is found in the next.
             users = [
-                hold(client, args.turns, args.answer, _chance(number, user), first=args.first, pause_s=args.pause)
+                hold(client, args.turns, args.answer, _chance(number, user), first=args.first, **limits)
                 for user in range(args.users)
             ]
             for samples in await asyncio.gather(*users):
                 found.turns += samples[1:]
-            asking.cancel()
-            with suppress(asyncio.CancelledError):
-                await asking
+            if asking is not None:
+                asking.cancel()
+                with suppress(asyncio.CancelledError):
+                    await asking
             # A step that is interrupted by the pause would count as one that hangs.
             await asyncio.sleep(1)
     return found
@@ -74,15 +82,14 @@ async def _ask(client: Client, samples: list[Sample], chance: random.Random) -> 
 def report(name: str, rounds: list[Round]) -> dict[str, object]:
     """Medians over the rounds."""
     turns = [summarize(one.turns, 1.0) for one in rounds]
-    critical = [summarize(one.critical, 1.0) for one in rounds]
+    critical = [summarize(one.critical, 1.0) for one in rounds if one.critical]
     asked = sum(sample.prompt_tokens for one in rounds for sample in one.turns)
     return {
         "pool": name,
         "found_%": 100 * sum(sample.cached_tokens for one in rounds for sample in one.turns) / asked,
         **{key: statistics.median(one[key] for one in turns) for key in ("TTFT_p50_ms", "TTFT_p99_ms")},
         "critical": sum(one["requests"] for one in critical),
-        **{key: statistics.median(one[key] for one in critical) for key in ("TPOT_p50_ms", "TPOT_p99_ms", "ITL_p99_ms")},
-    }
+    } | {key: statistics.median(one[key] for one in critical) for key in CRITICAL_KEYS if critical}
 
 
 def main() -> None:
@@ -93,6 +100,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=150, help="words of a chat's first message")
     parser.add_argument("--answer", type=int, default=64)
     parser.add_argument("--pause", type=float, default=10.0, help="mean seconds before each turn of a chat")
+    parser.add_argument("--one-at-a-time", action="store_true")
     parser.add_argument("--blocks", type=int, default=300, help="KV blocks of the small pool")
     parser.add_argument("--gib", type=float, default=1.0, help="host memory of the second tier")
     parser.add_argument("--only", default="large,small,two tiers")

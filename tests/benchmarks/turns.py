@@ -15,6 +15,7 @@ import random
 import statistics
 import tempfile
 import uuid
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 import contestants
@@ -28,6 +29,8 @@ from tailserve.deployments.bench.report import table
 BLOCK = 16
 WORDS_A_TURN = 40
 """Of a question: no more than 60 tokens."""
+ANY_NUMBER = nullcontext()
+"""Of requests in flight."""
 
 
 async def send(client: Client, messages: list[dict[str, str]], answer: int, session_id: str | None) -> Sample:
@@ -40,23 +43,36 @@ async def send(client: Client, messages: list[dict[str, str]], answer: int, sess
 
 
 async def hold(
-    client: Client, turns: int, answer: int, chance: random.Random, *, first: int, pause_s: float
+    client: Client,
+    turns: int,
+    answer: int,
+    chance: random.Random,
+    *,
+    first: int = WORDS_A_TURN,
+    pause_s: float = 0.0,
+    in_flight: AbstractAsyncContextManager[object] = ANY_NUMBER,
 ) -> list[Sample]:
     """The samples of a chat's turns, in a session of its own. `first`: words of its first message. `pause_s`: before each
-    turn, in the mean."""
-    samples, _ = await _hold(client, turns, answer, chance, first, pause_s)
+    turn, in the mean. `in_flight`: held for as long as a turn takes."""
+    samples, _ = await _hold(client, turns, answer, chance, first, pause_s, in_flight)
     return samples
 
 
 async def chat(client: Client, turns: int, answer: int, chance: random.Random) -> list[Sample]:
     """The samples of a chat's turns, and of its last one sent cold."""
-    samples, messages = await _hold(client, turns, answer, chance, WORDS_A_TURN, 0.0)
+    samples, messages = await _hold(client, turns, answer, chance, WORDS_A_TURN, 0.0, ANY_NUMBER)
     mixed = [message | {"content": " ".join(_mixed(message["content"].split(), chance))} for message in messages[:-1]]
     return [*samples, await send(client, mixed, 2, None)]
 
 
 async def _hold(
-    client: Client, turns: int, answer: int, chance: random.Random, first: int, pause_s: float
+    client: Client,
+    turns: int,
+    answer: int,
+    chance: random.Random,
+    first: int,
+    pause_s: float,
+    in_flight: AbstractAsyncContextManager[object],
 ) -> tuple[list[Sample], list[dict[str, str]]]:
     messages: list[dict[str, str]] = []
     samples, session_id = [], uuid.uuid4().hex
@@ -65,7 +81,8 @@ async def _hold(
         messages.append({"role": "user", "content": " ".join(words)})
         if pause_s:
             await asyncio.sleep(chance.expovariate(1 / pause_s))
-        samples.append(await send(client, messages, answer, session_id))
+        async with in_flight:
+            samples.append(await send(client, messages, answer, session_id))
         messages = [*messages, {"role": "assistant", "content": samples[-1].text}]
     return samples, messages
 

@@ -51,7 +51,7 @@ async def test_a_line_says_which_request_it_was_and_where_its_time_went(
     first, second = await lines(tmp_path, caplog, "all")
     assert (first.client_request_id, second.client_request_id) == ("mine\n/0", "mine\n/1")
     assert (first.slo_class, first.finish_reason, first.slo_met) == ("normal", "length", True)
-    assert (first.prompt_tokens, first.output_tokens, first.preemptions) == (6, 5, 0)
+    assert (first.prompt_tokens, first.output_tokens, first.num_preemptions) == (6, 5, 0)
     assert 0 < first.queue_s + first.prefill_s + first.decode_s < 10
     assert not second.slo_met
     for record in (first, second):
