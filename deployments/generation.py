@@ -101,7 +101,7 @@ class Choice:
 
     @property
     def whole_s(self) -> float:
-        """From the request's arrival to the last token."""
+        """From the request's arrival to the last token; 0 without one."""
         return 0.0 if self.first_s is None else self.last_s - self.begun_s + self.request.age_s
 
     @property

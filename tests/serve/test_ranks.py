@@ -17,6 +17,8 @@ from tiny import by_transformers, save_tiny
 from tailserve.cluster.config import parse_config
 from tailserve.deployments.app import build_app
 
+pytestmark = pytest.mark.slow
+
 NAME = "ranks"
 LENGTH = 40
 
@@ -24,9 +26,6 @@ LENGTH = 40
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=["STRICT_PACK", "PACK"])
