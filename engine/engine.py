@@ -235,14 +235,13 @@ class Engine:
     def _expect_end(self) -> None:
         """A step begins to run now, if there is one: when to schedule the next."""
         step = self._under_way[0] if self._under_way else None
-        self._ends, self._due = None, math.inf
-        if step is None:
+        predicted = step and self._times.predict(step.num_tokens, unsampled=step.unsampled, excess=step.excess)
+        if step is None or predicted is None:
+            self._ends, self._due = None, math.inf
             return
-        computing = self._times.predict(step.num_tokens, unsampled=step.unsampled, excess=step.excess)
-        if computing is not None:
-            seconds = computing + step.num_moves * self._times.move_s
-            self._ends = self._clock() + seconds
-            self._due = self._ends - LEAD_S - LEAD_SHARE * seconds
+        predicted += step.num_moves * self._times.move_s
+        self._ends = self._clock() + predicted
+        self._due = self._ends - LEAD_S - LEAD_SHARE * predicted
 
     def _time_to_spare(self) -> float | None:
         """Seconds until the next step is to be scheduled; None if that is not due before a result."""
