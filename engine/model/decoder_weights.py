@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.int8 import PAIR, ZERO, Panels
-from tailserve.engine.model.layer import Array, LayerWeights
+from tailserve.engine.model.layer import Array, LayerVectors, LayerWeights
 from tailserve.engine.model.memory import aligned
 from tailserve.engine.model.microkernel import LANES
 from tailserve.engine.model.tiles import COLUMNS
@@ -27,16 +27,22 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 
-class DecoderWeights(NamedTuple):
-    """Panels, and float32 vectors."""
+class EndWeights(NamedTuple):
+    """Before and behind the layers."""
 
     embedding: Array
-    """The head's panels themselves where the two are tied, and not quantized."""
+    """Panels: the head's themselves where the two are tied, and not quantized."""
     input_norm: Array
-    """[layers, H]"""
-    layers: LayerWeights
+    """float32 [layers, H]"""
     final_norm: Array
-    """[H]"""
+    """float32 [H]"""
+
+
+class DecoderWeights(NamedTuple):
+    """A whole model's."""
+
+    ends: EndWeights
+    layers: LayerWeights
     head: Panels
 
 
@@ -94,21 +100,25 @@ def read_weights(model: PreTrainedModel, positions: int, *, int8: bool) -> Decod
         return np.stack([torch.cat(row).float().numpy() if row else np.empty(0, np.float32) for row in rows])
 
     return DecoderWeights(
-        embedding=head.data if tied and not int8 else float_panels([body.embed_tokens.weight], pair),
-        input_norm=vectors(lambda y: [y.input_layernorm.weight], layers),
+        ends=EndWeights(
+            embedding=head.data if tied and not int8 else float_panels([body.embed_tokens.weight], pair),
+            input_norm=vectors(lambda y: [y.input_layernorm.weight], layers),
+            final_norm=body.norm.weight.float().numpy(),
+        ),
         layers=LayerWeights(
             qkv=panels([torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in attentions]),
-            qkv_bias=vectors(lambda a: [a.q_proj.bias, a.k_proj.bias, a.v_proj.bias], attentions),
-            query_norm=vectors(lambda a: [a.q_norm.weight] if hasattr(a, "q_norm") else [], attentions),
-            key_norm=vectors(lambda a: [a.k_norm.weight] if hasattr(a, "k_norm") else [], attentions),
             output=panels([a.o_proj.weight for a in attentions]),
-            post_norm=vectors(lambda y: [y.post_attention_layernorm.weight], layers),
             gate_up=panels([interleave(m.gate_proj.weight, m.up_proj.weight) for m in mlps]),
             down=panels([m.down_proj.weight for m in mlps]),
-            cosines=cosines[0].numpy(),
-            sines=sines[0].numpy(),
+            vectors=LayerVectors(
+                qkv_bias=vectors(lambda a: [a.q_proj.bias, a.k_proj.bias, a.v_proj.bias], attentions),
+                query_norm=vectors(lambda a: [a.q_norm.weight] if hasattr(a, "q_norm") else [], attentions),
+                key_norm=vectors(lambda a: [a.k_norm.weight] if hasattr(a, "k_norm") else [], attentions),
+                post_norm=vectors(lambda y: [y.post_attention_layernorm.weight], layers),
+                cosines=cosines[0].numpy(),
+                sines=sines[0].numpy(),
+            ),
         ),
-        final_norm=body.norm.weight.float().numpy(),
         head=head,
     )
 

@@ -10,35 +10,38 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
-from numba import njit
 
 from tailserve.engine.model.decoder_weights import interleave, make_panels
 from tailserve.engine.model.eagle import EagleConfig, EagleHead
-from tailserve.engine.model.int8 import Panels, project
-from tailserve.engine.model.kernels import norm_all
+from tailserve.engine.model.eagle_step import run
+from tailserve.engine.model.int8 import Panels
 from tailserve.engine.model.layer import (
-    COUNTERS,
-    PARTS,
+    HEAD_KERNELS,
+    KERNELS,
     Array,
+    LayerVectors,
     LayerWeights,
     Places,
     Shape,
     allocate_scratch,
-    run_layer,
-    strips_of,
 )
 from tailserve.engine.model.memory import aligned, untouched_zeros
 from tailserve.engine.model.panels import panel_shapes
-from tailserve.engine.model.spans import Span, pack, query_tiles
+from tailserve.engine.model.spans import Span, pack, wanted_tiles
+from tailserve.engine.model.team import LINE
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
 
 
+class _Norms(NamedTuple):
+    token: Array
+    state: Array
+    final: Array
+
+
 class _Weights(NamedTuple):
-    token_norm: Array
-    state_norm: Array
+    norms: _Norms
     mix: Panels
     layer: LayerWeights
-    final_norm: Array
     head: Panels
 
 
@@ -79,22 +82,22 @@ class CompiledHead:
         angles = torch.arange(max_model_len).unsqueeze(1) * head.frequencies.cpu()
         nothing = np.empty((1, 0), np.float32)
         self._weights = _Weights(
-            token_norm=vector(head.token_norm.weight),
-            state_norm=vector(head.state_norm.weight),
+            norms=_Norms(*(vector(norm.weight) for norm in (head.token_norm, head.state_norm, head.final_norm))),
             mix=panels(head.mix.weight),
             layer=LayerWeights(
                 qkv=panels(head.qkv.weight),
-                qkv_bias=nothing,
-                query_norm=nothing,
-                key_norm=nothing,
                 output=panels(head.output.weight),
-                post_norm=vector(head.post_norm.weight)[np.newaxis],
                 gate_up=panels(interleave(*head.gate_up.weight.chunk(2))),
                 down=panels(head.down.weight),
-                cosines=vector(torch.cat([angles.cos()] * 2, -1)),
-                sines=vector(torch.cat([angles.sin()] * 2, -1)),
+                vectors=LayerVectors(
+                    qkv_bias=nothing,
+                    query_norm=nothing,
+                    key_norm=nothing,
+                    post_norm=vector(head.post_norm.weight)[np.newaxis],
+                    cosines=vector(torch.cat([angles.cos()] * 2, -1)),
+                    sines=vector(torch.cat([angles.sin()] * 2, -1)),
+                ),
             ),
-            final_norm=vector(head.final_norm.weight),
             head=panels(lm_head),
         )
         self._kind = np.dtype(np.uint16 if pair == 2 else np.float32)
@@ -102,14 +105,14 @@ class CompiledHead:
         self._keys, self._values = untouched_zeros(keys, self._kind), untouched_zeros(values, self._kind)
         self._vocab = len(lm_head)
         self._allocate(MAX_ROWS)
-        # The layer's, two norms and a product before it, a norm and a product behind.
-        self._counters = np.zeros(COUNTERS + 8, np.int64)
-        self._ticks = np.zeros(len(PARTS), np.int64)
+        # The layer's; two norms, a product and what they read before it; behind it what is read, a norm and a product.
+        self._lines = aligned(((HEAD_KERNELS + KERNELS + 11) * num_threads, LINE // 8), np.int64)
+        self._ticks = aligned((num_threads, 2 * LINE // 8), np.int64)
 
     def _allocate(self, tokens: int) -> None:
         self._room = tokens
-        self._scratch = allocate_scratch(self._weights.layer, self._shape, tokens, self._kind)
-        size = len(self._weights.final_norm)
+        self._scratch, self._narrow = allocate_scratch(self._weights.layer, self._shape, tokens, self._kind)
+        size = len(self._weights.norms.final)
         self._joined = aligned(((tokens | 1) * 2 * size,), self._kind)
         self._embedded = aligned(((tokens | 1) * size,), np.float32)
 
@@ -130,27 +133,31 @@ class CompiledHead:
         embeddings = torch.nn.functional.embedding(torch.from_numpy(batch.token_ids), self._embedding).float()
         if tokens > self._room:
             self._allocate(2 * tokens)
-        out, logits = _run(
-            self._weights,
+        out = np.empty((len(batch.wanted), len(self._weights.norms.final)), np.float32)
+        logits = np.empty((len(batch.wanted), self._weights.head.data.shape[1] * COLUMNS), np.float32)
+        run(
+            self._weights.norms,
+            self._weights.mix,
+            *self._weights.layer,
+            self._weights.head,
             self._shape,
             self._window,
             self._num_threads,
             self._scratch,
+            self._narrow,
             self._joined,
             self._embedded,
-            self._counters,
+            self._lines,
             self._ticks,
             self._keys,
             self._values,
             embeddings.numpy(),
             states.numpy(),
-            Places(
-                batch.positions,
-                batch.slots,
-                query_tiles(batch.query_starts, batch.starts, self._tile_width),
-                batch.block_tables,
-            ),
+            Places(batch.positions, batch.slots, batch.block_tables),
+            wanted_tiles(batch, np.array([span.num_logits for span in spans]), self._tile_width),
             batch.wanted,
+            out,
+            logits,
         )
         return torch.from_numpy(out), torch.from_numpy(logits)[:, : self._vocab]
 
@@ -179,56 +186,3 @@ def compile_head(dtype: torch.dtype, *, int8: bool) -> None:
         head, weights, weights[:32], num_blocks=2, block_size=PAGE, max_model_len=32, window=32, num_threads=1, int8=int8
     )
     model.step([Span([1, 2], 0, [0, 1], 1)], torch.zeros(2, 64))
-
-
-@njit(cache=True, nogil=True)
-def _run(  # type: ignore[no-untyped-def]  # pragma: no cover
-    weights,
-    shape,
-    window,
-    threads,
-    scratch,
-    joined_memory,
-    embedded_memory,
-    counters,
-    ticks,
-    keys,
-    values,
-    embeddings,
-    states,
-    places,
-    wanted,
-):
-    """float32 states [R, C] and logits [R, 32 P] at the indices `wanted`, from embeddings and states [T, C]."""
-    tokens, size = states.shape
-    epsilon, half = np.float32(shape.epsilon), size // COLUMNS
-    hidden, embedded = strips_of(scratch.hidden, size, tokens), strips_of(embedded_memory, size, tokens)
-    joined = strips_of(joined_memory, 2 * size, tokens)
-    for t in range(tokens):
-        for i in range(size):
-            hidden[i // COLUMNS, t, i % COLUMNS] = states[t, i]
-            embedded[i // COLUMNS, t, i % COLUMNS] = embeddings[t, i]
-    counters[:] = 0
-    turn = counters.ctypes.data
-    norm_all(embedded, weights.token_norm, epsilon, joined[:half], (threads, turn))
-    norm_all(hidden, weights.state_norm, epsilon, joined[half:], (threads, turn + 8))
-    strip, row = hidden.strides[0], hidden.strides[1]
-    project(joined, scratch.narrow, weights.mix, 0, hidden.ctypes.data, strip, row, 1, threads, turn + 16)
-    turn += 32
-    run_layer(
-        0, joined, hidden, scratch, weights.layer, shape, window, places, keys, values, threads, turn, ticks, 0
-    )  # fmt: skip
-    turn += 8 * COUNTERS
-    count = len(wanted)
-    out = np.empty((count, size), np.float32)
-    logits = np.empty((count, weights.head.data.shape[1] * COLUMNS), np.float32)
-    last, final = strips_of(scratch.qkv, size, count), strips_of(scratch.normed, size, count)
-    for n in range(count):
-        last[:, n] = hidden[:, wanted[n]]
-        for i in range(size):
-            out[n, i] = hidden[i // COLUMNS, wanted[n], i % COLUMNS]
-    norm_all(last, weights.final_norm, epsilon, final, (threads, turn))
-    project(
-        final, scratch.narrow, weights.head, 0, logits.ctypes.data, last.strides[1], logits.strides[0], 0, threads, turn + 8
-    )  # fmt: skip
-    return out, logits

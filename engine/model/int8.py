@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import overload
 
 from tailserve.engine.model.avx512 import TALLEST, product
-from tailserve.engine.model.kernels import LINES, MANY, gated, linear, put
+from tailserve.engine.model.kernels import LINES, gated, linear, put
 from tailserve.engine.model.microkernel import LANES
-from tailserve.engine.model.team import take
+from tailserve.engine.model.team import columns_of, later, meet, place_of, portion, portions, take, take_next
 from tailserve.engine.model.tiles import COLUMNS
 from tailserve.engine.model.vectors import (
     exp,
@@ -66,43 +66,43 @@ class Quantized(NamedTuple):
     """[T]: of a token's integers."""
 
 
-def project(x, narrow, panels, layer, out, strip_stride, row_stride, add, threads, turn):
-    """`kernels.linear`, by way of integers where the weights are. `turn`: address of two counters, 8 bytes each, at 0."""
+def project(x, narrow, panels, layer, out, strip_stride, row_stride, add, team):
+    """`kernels.linear`, by way of integers where the weights are. Counts as two kernels."""
     raise NotImplementedError
 
 
 @overload(project)
-def _project(x, narrow, panels, layer, out, strip_stride, row_stride, add, threads, turn):  # pragma: no cover
+def _project(x, narrow, panels, layer, out, strip_stride, row_stride, add, team):  # pragma: no cover
     if panels.types[0].dtype == types.uint8:
 
-        def integers(x, narrow, panels, layer, out, strip_stride, row_stride, add, threads, turn):
-            _quantize_all(x, narrow, (threads, turn))
-            _linear(x.shape, narrow, panels, layer, out, strip_stride, row_stride, add, (threads, turn + 8))
+        def integers(x, narrow, panels, layer, out, strip_stride, row_stride, add, team):
+            _quantize_all(x, narrow, team)
+            _linear(x.shape, narrow, panels, layer, out, strip_stride, row_stride, add, later(team, 1))
 
         return integers
 
-    def floats(x, narrow, panels, layer, out, strip_stride, row_stride, add, threads, turn):
-        linear(x, panels.data, layer, out, strip_stride, row_stride, add, (threads, turn))
+    def floats(x, narrow, panels, layer, out, strip_stride, row_stride, add, team):
+        linear(x, panels.data, layer, out, strip_stride, row_stride, add, team)
 
     return floats
 
 
-def project_gated(x, narrow, panels, layer, out, threads, turn):
+def project_gated(x, narrow, panels, layer, out, team):
     """`kernels.gated`, likewise."""
     raise NotImplementedError
 
 
 @overload(project_gated)
-def _project_gated(x, narrow, panels, layer, out, threads, turn):  # pragma: no cover
+def _project_gated(x, narrow, panels, layer, out, team):  # pragma: no cover
     if panels.types[0].dtype == types.uint8:
 
-        def integers(x, narrow, panels, layer, out, threads, turn):
-            _quantize_all(x, narrow, (threads, turn))
-            _gated(x.shape, narrow, panels, layer, out, (threads, turn + 8))
+        def integers(x, narrow, panels, layer, out, team):
+            _quantize_all(x, narrow, team)
+            _gated(x.shape, narrow, panels, layer, out, later(team, 1))
 
         return integers
 
-    return lambda x, narrow, panels, layer, out, threads, turn: gated(x, panels.data, layer, out, (threads, turn))
+    return lambda x, narrow, panels, layer, out, team: gated(x, panels.data, layer, out, team)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -122,35 +122,35 @@ def _read_any_overload(like, address):  # pragma: no cover
     return lambda like, address: read(address)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _quantize_all(x, narrow, team):  # pragma: no cover
     """x [K / 32, T, 32] as integers in `narrow`, each token by its own largest."""
     strips, tokens, size = x.shape[0], x.shape[1], x.itemsize
     source, stride = x.ctypes.data, x.strides[0]
     target, target_stride = narrow.values.ctypes.data, _strip_stride(tokens)
     scales, sums = narrow.scales, narrow.sums
-    some = 1 + tokens // MANY
-    threads, counter = team
-    for _ in prange(threads):
-        begin = take(counter) * some
-        while begin < tokens:
-            for t in range(begin, min(begin + some, tokens)):
-                here, there = source + t * COLUMNS * size, target + t * COLUMNS
-                lead = spread(np.float32(0.0))
-                for s in range(strips):
-                    lead = larger(lead, magnitude(_read_any(x, here + s * stride)))
-                    lead = larger(lead, magnitude(_read_any(x, here + s * stride + LANES * size)))
-                largest = peak(lead)
-                factor = spread(_HIGHEST / largest if largest > 0 else np.float32(0.0))
-                sum_ = spread(np.float32(0.0))
-                for s in range(strips):
-                    for half in range(0, COLUMNS, LANES):
-                        value = nearest(_read_any(x, here + s * stride + half * size) * factor)
-                        sum_ = sum_ + value
-                        write_int8(there + s * target_stride + half, value)
-                scales[t] = largest / _HIGHEST
-                sums[t] = np.int64(total(sum_))
-            begin = take(counter) * some
+    threads = team[1]
+    count, some = portions(tokens, team)
+    task = take(team, count)
+    while task < threads * count:
+        for t in range(*portion(task, count, some, tokens, team)):
+            here, there = source + t * COLUMNS * size, target + t * COLUMNS
+            lead = spread(np.float32(0.0))
+            for s in range(strips):
+                lead = larger(lead, magnitude(_read_any(x, here + s * stride)))
+                lead = larger(lead, magnitude(_read_any(x, here + s * stride + LANES * size)))
+            largest = peak(lead)
+            factor = spread(_HIGHEST / largest if largest > 0 else np.float32(0.0))
+            sum_ = spread(np.float32(0.0))
+            for s in range(strips):
+                for half in range(0, COLUMNS, LANES):
+                    value = nearest(_read_any(x, here + s * stride + half * size) * factor)
+                    sum_ = sum_ + value
+                    write_int8(there + s * target_stride + half, value)
+            scales[t] = largest / _HIGHEST
+            sums[t] = np.int64(total(sum_))
+        task = take_next(team, count, task)
+    meet(team, count)
 
 
 @njit(cache=True, nogil=True)
@@ -169,55 +169,57 @@ def _product(
             write(place, read(place) + value if add else value)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _linear(shape, narrow, panels, layer, out, strip_stride, row_stride, add, team):  # pragma: no cover
-    tokens, count, steps = shape[1], panels.data.shape[1], panels.data.shape[2]
+    tokens, width, steps, threads = shape[1], panels.data.shape[1], panels.data.shape[2], team[1]
     stride = panels.data.strides[1]
     base, scales = panels.data.ctypes.data + layer * panels.data.strides[0], panels.scales[layer:].ctypes.data
     x_stride = _strip_stride(tokens)
-    threads, counter = team
-    for _ in prange(threads):
-        sums = np.empty(TALLEST * COLUMNS, np.int32)
-        panel = take(counter)
-        while panel < count:
-            here, lines = base + panel * stride, LINES // 2
-            for begin in range(0, tokens, TALLEST):
-                _product(
-                    narrow, begin, min(TALLEST, tokens - begin), x_stride, here, steps, sums.ctypes.data,
-                    out + panel * strip_stride + begin * row_stride, row_stride, scales + panel * 4 * COLUMNS, add,
-                    here + threads * stride, lines,
-                )  # fmt: skip
-                lines = 0
-            panel = take(counter)
+    count = columns_of(width, team)
+    sums = np.empty(TALLEST * COLUMNS, np.int32)
+    task = take(team, count)
+    while task < threads * count:
+        panel, first, end = place_of(task, count, width, tokens, team)
+        here, lines = base + panel * stride, LINES // 2
+        for begin in range(first, end, TALLEST):
+            _product(
+                narrow, begin, min(TALLEST, end - begin), x_stride, here, steps, sums.ctypes.data,
+                out + panel * strip_stride + begin * row_stride, row_stride, scales + panel * 4 * COLUMNS, add,
+                here + stride, lines,
+            )  # fmt: skip
+            lines = 0
+        task = take_next(team, count, task)
+    meet(team, count)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _gated(shape, narrow, panels, layer, out, team):  # pragma: no cover
-    tokens, count, steps = shape[1], panels.data.shape[1] // 2, panels.data.shape[2]
+    tokens, width, steps, threads = shape[1], panels.data.shape[1] // 2, panels.data.shape[2], team[1]
     stride = panels.data.strides[1]
     base, scales = panels.data.ctypes.data + layer * panels.data.strides[0], panels.scales[layer:].ctypes.data
     x_stride = _strip_stride(tokens)
     target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
     one, zeros = spread(np.float32(1.0)), spread(np.float32(0.0))
-    threads, counter = team
-    for _ in prange(threads):
-        sums = np.empty(TALLEST * COLUMNS, np.int32)
-        gate, up = np.empty(TALLEST * COLUMNS, np.float32), np.empty(TALLEST * COLUMNS, np.float32)
-        panel = take(counter)
-        while panel < count:
-            lines = LINES // 2
-            for begin in range(0, tokens, TALLEST):
-                rows = min(TALLEST, tokens - begin)
-                for which in range(2):
-                    here = base + (2 * panel + which) * stride
-                    _product(
-                        narrow, begin, rows, x_stride, here, steps, sums.ctypes.data,
-                        (up if which else gate).ctypes.data, 4 * COLUMNS, scales + (2 * panel + which) * 4 * COLUMNS, 0,
-                        here + 2 * threads * stride, lines,
-                    )  # fmt: skip
-                lines = 0
-                place = target + panel * strip + begin * COLUMNS * size
-                for i in range(0, rows * COLUMNS, LANES):
-                    g = read(gate.ctypes.data + i * 4)
-                    put(out, place + i * size, g / (one + exp(zeros - g)) * read(up.ctypes.data + i * 4))
-            panel = take(counter)
+    count = columns_of(width, team)
+    sums = np.empty(TALLEST * COLUMNS, np.int32)
+    gate, up = np.empty(TALLEST * COLUMNS, np.float32), np.empty(TALLEST * COLUMNS, np.float32)
+    task = take(team, count)
+    while task < threads * count:
+        panel, first, end = place_of(task, count, width, tokens, team)
+        lines = LINES // 2
+        for begin in range(first, end, TALLEST):
+            rows = min(TALLEST, end - begin)
+            for which in range(2):
+                here = base + (2 * panel + which) * stride
+                _product(
+                    narrow, begin, rows, x_stride, here, steps, sums.ctypes.data,
+                    (up if which else gate).ctypes.data, 4 * COLUMNS, scales + (2 * panel + which) * 4 * COLUMNS, 0,
+                    here + 2 * stride, lines,
+                )  # fmt: skip
+            lines = 0
+            place = target + panel * strip + begin * COLUMNS * size
+            for i in range(0, rows * COLUMNS, LANES):
+                g = read(gate.ctypes.data + i * 4)
+                put(out, place + i * size, g / (one + exp(zeros - g)) * read(up.ctypes.data + i * 4))
+        task = take_next(team, count, task)
+    meet(team, count)

@@ -4,7 +4,7 @@ Activations lie in strips of 32 columns, [columns / 32, tokens, 32], so that a t
 piece of memory. They are float32, or bfloat16 as its bits in uint16; sums, norms and softmax are float32. No result depends
 on what else is in the batch: a row's sums run in the same order in every batch shape.
 
-`team` is the number of threads and the address of a 0, which they share the work by (see `team.take`).
+All threads of a `team` call each kernel (see `tailserve.engine.model.team`).
 
 Memory is addressed by numbers where threads share it: a view of an array would count references, and the threads would
 contend for the counter.
@@ -15,12 +15,12 @@ contend for the counter.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import overload
 
 from tailserve.engine.model.microkernel import LANES
 from tailserve.engine.model.noise import log_exponential
-from tailserve.engine.model.team import take
+from tailserve.engine.model.team import columns_of, meet, place_of, portion, portions, take, take_next
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, multiply
 from tailserve.engine.model.vectors import exp, fma, get, larger, peak, read, spread, total, write, write_narrow
 
@@ -29,9 +29,6 @@ LINES = 32
 
 SEARCH = 1024
 """Columns that are looked at one by one where their largest is the largest so far."""
-
-MANY = 32
-"""Tasks that are plenty for a team: tokens are taken in portions rather than in more of them."""
 
 
 def put(like, address, value):
@@ -46,74 +43,124 @@ def _put(like, address, value):  # pragma: no cover
     return lambda like, address, value: write(address, value)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def linear(x, panels, layer, out, strip_stride, row_stride, add, team):  # pragma: no cover
     """x [K / 32, T, 32] times panels [L, P, steps, 32 * pair] of one layer, to float32 at the address `out`.
 
     The product sets what is there, or if `add` is not 0 raises it. Strides in bytes: from 32 columns of a row to its next
     32, and from row to row.
     """
-    tokens, count, steps = x.shape[1], panels.shape[1], panels.shape[2]
-    parts = (tokens + MAX_ROWS - 1) // MAX_ROWS
+    tokens, width, steps, threads = x.shape[1], panels.shape[1], panels.shape[2], team[1]
     base, stride = panels.ctypes.data + layer * panels.strides[0], panels.strides[1]
-    lines = (LINES + parts - 1) // parts
-    threads, counter = team
-    for _ in prange(threads):
-        panel = take(counter)
-        while panel < count:
-            ahead = base + (panel + threads) * stride
-            for part in range(parts):
-                begin = part * MAX_ROWS
-                multiply(
-                    x, begin, min(MAX_ROWS, tokens - begin), base + panel * stride, steps,
-                    out + panel * strip_stride + begin * row_stride, row_stride, add,
-                    ahead + part * (stride // parts // 64 * 64), lines,
-                )  # fmt: skip
-            panel = take(counter)
-
-
-@njit(parallel=True, cache=True, nogil=True)
-def gated(x, panels, layer, out, team):  # pragma: no cover
-    """out [P / 2, T, 32] = silu(gate) * up; panels of gate and of up take turns."""
-    tokens, count, steps = x.shape[1], panels.shape[1] // 2, panels.shape[2]
-    parts = (tokens + MAX_ROWS - 1) // MAX_ROWS
-    base, stride = panels.ctypes.data + layer * panels.strides[0], panels.strides[1]
-    lines = (LINES + parts - 1) // parts
-    share = stride // parts // 64 * 64
-    target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
-    one, zeros = spread(np.float32(1.0)), spread(np.float32(0.0))
-    threads, counter = team
-    for _ in prange(threads):
-        gate, up = np.empty(MAX_ROWS * COLUMNS, np.float32), np.empty(MAX_ROWS * COLUMNS, np.float32)
-        gates, ups = gate.ctypes.data, up.ctypes.data
-        panel = take(counter)
-        while panel < count:
-            here = base + 2 * panel * stride
-            ahead = here + 2 * threads * stride
-            for part in range(parts):
-                begin = part * MAX_ROWS
-                rows = min(MAX_ROWS, tokens - begin)
-                multiply(x, begin, rows, here, steps, gates, 4 * COLUMNS, 0, ahead + part * share, lines)
-                multiply(x, begin, rows, here + stride, steps, ups, 4 * COLUMNS, 0, ahead + stride + part * share, lines)
-                place = target + panel * strip + begin * COLUMNS * size
-                for i in range(0, rows * COLUMNS, LANES):
-                    g = read(gates + i * 4)
-                    put(out, place + i * size, g / (one + exp(zeros - g)) * read(ups + i * 4))
-            panel = take(counter)
+    count = columns_of(width, team)
+    task = take(team, count)
+    while task < threads * count:
+        panel, first, end = place_of(task, count, width, tokens, team)
+        parts = max(1, (end - first + MAX_ROWS - 1) // MAX_ROWS)
+        lines, part = (LINES + parts - 1) // parts, stride // parts // 64 * 64
+        ahead = base + (panel + 1) * stride
+        for begin in range(first, end, MAX_ROWS):
+            multiply(
+                x, begin, min(MAX_ROWS, end - begin), base + panel * stride, steps,
+                out + panel * strip_stride + begin * row_stride, row_stride, add, ahead, lines,
+            )  # fmt: skip
+            ahead += part
+        task = take_next(team, count, task)
+    meet(team, count)
 
 
 @njit(cache=True, nogil=True)
-def embed(token_ids, panels, hidden):  # pragma: no cover
+def gated(x, panels, layer, out, team):  # pragma: no cover
+    """out [P / 2, T, 32] = silu(gate) * up; panels of gate and of up take turns."""
+    tokens, width, steps, threads = x.shape[1], panels.shape[1] // 2, panels.shape[2], team[1]
+    base, stride = panels.ctypes.data + layer * panels.strides[0], panels.strides[1]
+    target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
+    one, zeros = spread(np.float32(1.0)), spread(np.float32(0.0))
+    gate, up = np.empty(MAX_ROWS * COLUMNS, np.float32), np.empty(MAX_ROWS * COLUMNS, np.float32)
+    gates, ups = gate.ctypes.data, up.ctypes.data
+    count = columns_of(width, team)
+    task = take(team, count)
+    while task < threads * count:
+        panel, first, end = place_of(task, count, width, tokens, team)
+        parts = max(1, (end - first + MAX_ROWS - 1) // MAX_ROWS)
+        lines, part = (LINES + parts - 1) // parts, stride // parts // 64 * 64
+        here = base + 2 * panel * stride
+        ahead = here + 2 * stride
+        for begin in range(first, end, MAX_ROWS):
+            rows = min(MAX_ROWS, end - begin)
+            multiply(x, begin, rows, here, steps, gates, 4 * COLUMNS, 0, ahead, lines)
+            multiply(x, begin, rows, here + stride, steps, ups, 4 * COLUMNS, 0, ahead + stride, lines)
+            ahead += part
+            place = target + panel * strip + begin * COLUMNS * size
+            for i in range(0, rows * COLUMNS, LANES):
+                g = read(gates + i * 4)
+                put(out, place + i * size, g / (one + exp(zeros - g)) * read(ups + i * 4))
+        task = take_next(team, count, task)
+    meet(team, count)
+
+
+@njit(cache=True, nogil=True)
+def embed(token_ids, panels, hidden, team):  # pragma: no cover
     """hidden [H / 32, T, 32], float32: the columns `token_ids` of panels [1, P, steps, 32 * pair]."""
+    tokens, threads = len(token_ids), team[1]
     pair = panels.shape[3] // COLUMNS
     bits = hidden.view(np.uint32)
-    for t in range(len(token_ids)):
-        panel, column = token_ids[t] // COLUMNS, token_ids[t] % COLUMNS * pair
-        for i in range(hidden.shape[0] * COLUMNS):
-            if pair == 2:
-                bits[i // COLUMNS, t, i % COLUMNS] = np.uint32(panels[0, panel, i // 2, column + i % 2]) << np.uint32(16)
-            else:
-                hidden[i // COLUMNS, t, i % COLUMNS] = panels[0, panel, i, column]
+    count, some = portions(tokens, team)
+    task = take(team, count)
+    while task < threads * count:
+        for t in range(*portion(task, count, some, tokens, team)):
+            panel, column = token_ids[t] // COLUMNS, token_ids[t] % COLUMNS * pair
+            for i in range(hidden.shape[0] * COLUMNS):
+                if pair == 2:
+                    bits[i // COLUMNS, t, i % COLUMNS] = np.uint32(panels[0, panel, i // 2, column + i % 2]) << np.uint32(16)
+                else:
+                    hidden[i // COLUMNS, t, i % COLUMNS] = panels[0, panel, i, column]
+        task = take_next(team, count, task)
+    meet(team, count)
+
+
+@njit(cache=True, nogil=True)
+def pick_rows(hidden, rows, out, team):  # pragma: no cover
+    """out [H / 32, N, 32] = the tokens `rows` of hidden."""
+    tokens, threads = len(rows), team[1]
+    count, some = portions(tokens, team)
+    task = take(team, count)
+    while task < threads * count:
+        for n in range(*portion(task, count, some, tokens, team)):
+            for strip in range(hidden.shape[0]):
+                for column in range(COLUMNS):
+                    out[strip, n, column] = hidden[strip, rows[n], column]
+        task = take_next(team, count, task)
+    meet(team, count)
+
+
+@njit(cache=True, nogil=True)
+def copy_in(x, hidden, team):  # pragma: no cover
+    """hidden [H / 32, T, 32] = float32 x [T, H]."""
+    tokens, threads = len(x), team[1]
+    count, some = portions(tokens, team)
+    task = take(team, count)
+    while task < threads * count:
+        for t in range(*portion(task, count, some, tokens, team)):
+            for i in range(x.shape[1]):
+                hidden[i // COLUMNS, t, i % COLUMNS] = x[t, i]
+        task = take_next(team, count, task)
+    meet(team, count)
+
+
+@njit(cache=True, nogil=True)
+def copy_out(hidden, out, begin, team):  # pragma: no cover
+    """The columns from `begin` on of float32 out [T, ...] = hidden [H / 32, T, 32]."""
+    tokens, threads = hidden.shape[1], team[1]
+    count, some = portions(tokens, team)
+    task = take(team, count)
+    while task < threads * count:
+        for t in range(*portion(task, count, some, tokens, team)):
+            for strip in range(hidden.shape[0]):
+                for column in range(COLUMNS):
+                    out[t, begin + strip * COLUMNS + column] = hidden[strip, t, column]
+        task = take_next(team, count, task)
+    meet(team, count)
 
 
 @njit(cache=True, nogil=True)
@@ -131,54 +178,58 @@ def norm(like, x, x_stride, weight, strips, epsilon, out, out_stride):  # pragma
         put(like, out + s * out_stride + LANES * size, b * scale * read(weight + s * 128 + 64))
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def norm_all(hidden, weight, epsilon, out, team):  # pragma: no cover
     """out [H / 32, T, 32] = RMSNorm of each token of hidden, likewise."""
-    strips, tokens, size = hidden.shape[0], hidden.shape[1], out.itemsize
+    tokens, threads = hidden.shape[1], team[1]
+    strips, size = hidden.shape[0], out.itemsize
     x, w, target = hidden.ctypes.data, weight.ctypes.data, out.ctypes.data
-    some = 1 + tokens // MANY
-    threads, counter = team
-    for _ in prange(threads):
-        begin = take(counter) * some
-        while begin < tokens:
-            for t in range(begin, min(begin + some, tokens)):
-                place = target + t * COLUMNS * size
-                norm(out, x + t * 128, hidden.strides[0], w, strips, epsilon, place, out.strides[0])
-            begin = take(counter) * some
+    count, some = portions(tokens, team)
+    task = take(team, count)
+    while task < threads * count:
+        for t in range(*portion(task, count, some, tokens, team)):
+            place = target + t * COLUMNS * size
+            norm(out, x + t * 128, hidden.strides[0], w, strips, epsilon, place, out.strides[0])
+        task = take_next(team, count, task)
+    meet(team, count)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def pick_all(logits, stride, columns, inverse_temperatures, keys, out, team):  # pragma: no cover
     """out [N] = index of the largest of logits / temperature - log of noise, of each row of float32 at the address `logits`.
 
     A row whose inverse temperature is 0 goes by its logits alone. keys [N, 2]. The first of equals. Memory behind a row's
     last column is read up to a whole vector.
     """
-    threads, counter = team
-    for _ in prange(threads):
-        scores = np.empty(SEARCH, np.float32)
-        n = take(counter)
-        while n < len(out):
-            row = logits + n * stride
-            scale, low, high = inverse_temperatures[n], keys[n, 0], keys[n, 1]
-            factor = spread(scale)
-            best, place = np.float32(-np.inf), 0
-            for begin in range(0, columns, SEARCH):
-                end = min(begin + SEARCH, columns)
-                source, lead = row + begin * 4, spread(best)
-                if scale > 0:
-                    source = scores.ctypes.data
-                    for i in range(begin, end, LANES):
-                        score = read(row + i * 4) * factor - log_exponential(i, low, high)
-                        write(source + (i - begin) * 4, score)
-                        lead = larger(lead, score)
-                else:
-                    for i in range(begin, end, LANES):
-                        lead = larger(lead, read(row + i * 4))
-                if peak(lead) > best:
-                    for i in range(end - begin):
-                        value = get(source + i * 4)
-                        if value > best:
-                            best, place = value, begin + i
-            out[n] = place
-            n = take(counter)
+    threads = team[1]
+    count = (len(out) + threads - 1) // threads
+    scores = np.empty(SEARCH, np.float32)
+    n = take(team, count)
+    while n < threads * count:
+        if n >= len(out):
+            n = take_next(team, count, n)
+            continue
+        row = logits + n * stride
+        scale, low, high = inverse_temperatures[n], keys[n, 0], keys[n, 1]
+        factor = spread(scale)
+        best, place = np.float32(-np.inf), 0
+        for begin in range(0, columns, SEARCH):
+            end = min(begin + SEARCH, columns)
+            source, lead = row + begin * 4, spread(best)
+            if scale > 0:
+                source = scores.ctypes.data
+                for i in range(begin, end, LANES):
+                    score = read(row + i * 4) * factor - log_exponential(i, low, high)
+                    write(source + (i - begin) * 4, score)
+                    lead = larger(lead, score)
+            else:
+                for i in range(begin, end, LANES):
+                    lead = larger(lead, read(row + i * 4))
+            if peak(lead) > best:
+                for i in range(end - begin):
+                    value = get(source + i * 4)
+                    if value > best:
+                        best, place = value, begin + i
+        out[n] = place
+        n = take_next(team, count, n)
+    meet(team, count)

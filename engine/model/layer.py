@@ -14,7 +14,7 @@ from tailserve.engine.model.int8 import Panels, Quantized, project, project_gate
 from tailserve.engine.model.kernels import norm_all
 from tailserve.engine.model.memory import aligned
 from tailserve.engine.model.paged_kernels import attend, split_heads
-from tailserve.engine.model.team import cycles
+from tailserve.engine.model.team import cycles, later
 from tailserve.engine.model.tiles import COLUMNS
 
 Array = npt.NDArray[Any]
@@ -23,8 +23,8 @@ PARTS = ("embedding", "norms", "qkv", "split heads", "attention", "output", "gat
 """What `ticks` tell apart."""
 EMBED, NORM, QKV, SPLIT, ATTEND, OUTPUT, GATE, DOWN, HEAD = range(len(PARTS))
 
-COUNTERS = 11
-"""Of 8 bytes each, that a layer's kernels share their work by."""
+HEAD_KERNELS, KERNELS = 3, 8
+"""Of `make_heads` and of `finish_layer`, as they count for a team."""
 
 
 class Shape(NamedTuple):
@@ -37,24 +37,30 @@ class Shape(NamedTuple):
     epsilon: float
 
 
-class LayerWeights(NamedTuple):
-    """Of all layers: panels, and float32 vectors."""
+class LayerVectors(NamedTuple):
+    """Of all layers, float32."""
 
-    qkv: Panels
     qkv_bias: Array
     """[layers, N], or [layers, 0] without."""
     query_norm: Array
     """[layers, head_dim], or [layers, 0] without."""
     key_norm: Array
-    output: Panels
     post_norm: Array
     """[layers, H]"""
-    gate_up: Panels
-    """A panel of gate, then the same columns of up, and so on."""
-    down: Panels
     cosines: Array
     """[positions, rotary dimensions]"""
     sines: Array
+
+
+class LayerWeights(NamedTuple):
+    """Of all layers."""
+
+    qkv: Panels
+    output: Panels
+    gate_up: Panels
+    """A panel of gate, then the same columns of up, and so on."""
+    down: Panels
+    vectors: LayerVectors
 
 
 class Scratch(NamedTuple):
@@ -66,76 +72,80 @@ class Scratch(NamedTuple):
     query: Array
     attended: Array
     inner: Array
-    narrow: Quantized
 
 
 class Places(NamedTuple):
-    """Where a batch's tokens are; see `spans.PackedSpans` and `spans.query_tiles`."""
+    """Where a batch's tokens are; see `spans.PackedSpans`."""
 
     positions: Array
     slots: Array
-    tiles: Array
     tables: Array
 
 
-def allocate_scratch(weights: LayerWeights, shape: Shape, tokens: int, kind: npt.DTypeLike) -> Scratch:
+def allocate_scratch(weights: LayerWeights, shape: Shape, tokens: int, kind: npt.DTypeLike) -> tuple[Scratch, Quantized]:
     """For so many tokens, with activations of type `kind`."""
     tokens |= 1
-    size, inner = weights.post_norm.shape[1], weights.gate_up.data.shape[1] // 2 * COLUMNS
+    size, inner = weights.vectors.post_norm.shape[1], weights.gate_up.data.shape[1] // 2 * COLUMNS
     attended = shape.heads * shape.head_dim
     # Behind the last layer it holds hidden states.
     columns = max(weights.qkv.data.shape[1] * COLUMNS, size)
     widest = max(inner, attended, weights.qkv.data.shape[2] * (weights.qkv.data.shape[3] // COLUMNS))
-    return Scratch(
+    scratch = Scratch(
         hidden=aligned((tokens * size,), np.float32),
         normed=aligned((tokens * size,), kind),
         qkv=aligned((tokens * columns,), np.float32),
         query=aligned((tokens * attended,), kind),
         attended=aligned((tokens * attended,), kind),
         inner=aligned((tokens * inner,), kind),
-        narrow=Quantized(
-            aligned((tokens * widest if weights.qkv.scales.size else 1,), np.int8),
-            np.empty(tokens, np.float32),
-            np.empty(tokens, np.int64),
-        ),
     )
+    values = aligned((tokens * widest if weights.qkv.scales.size else 1,), np.int8)
+    return scratch, Quantized(values, np.empty(tokens, np.float32), np.empty(tokens, np.int64))
 
 
 @njit(cache=True, nogil=True)
-def run_layer(  # pragma: no cover
-    layer, x, hidden, scratch, weights, shape, window, places, keys, values, threads, turn, ticks, since
-):
-    """Adds to hidden [H / 32, T, 32] what a layer makes of x [K / 32, T, 32], normed already. Stores keys and values.
+def make_heads(layer, x, scratch, narrow, weights, shape, places, keys, values, team, ticks, since):  # pragma: no cover
+    """Stores a layer's keys and values of x [K / 32, T, 32], normed already.
 
-    `turn`: address of `COUNTERS` zeros. Counts ticks by `PARTS` since `since`; returns the time now.
+    Returns its queries [kv_heads, T, groups, head_dim], and the time now; counts ticks by `PARTS` since `since`.
     """
-    tokens, groups = hidden.shape[1], shape.heads // shape.kv_heads
-    epsilon, scaling = np.float32(shape.epsilon), np.float32(shape.scaling)
+    tokens, groups, vectors = x.shape[1], shape.heads // shape.kv_heads, weights.vectors
     qkv = strips_of(scratch.qkv, weights.qkv.data.shape[1] * COLUMNS, tokens)
+    query = scratch.query[: tokens * shape.heads * shape.head_dim]
+    query = query.reshape((shape.kv_heads, tokens, groups, shape.head_dim))
+    project(x, narrow, weights.qkv, layer, qkv.ctypes.data, qkv.strides[0], qkv.strides[1], 0, team)
+    now = lap(ticks, QKV, since)
+    split_heads(
+        layer, qkv, vectors.qkv_bias, vectors.query_norm, vectors.key_norm, np.float32(shape.epsilon), vectors.cosines,
+        vectors.sines, places.positions, places.slots, query, keys, values, later(team, 2),
+    )  # fmt: skip
+    return query, lap(ticks, SPLIT, now)
+
+
+@njit(cache=True, nogil=True)
+def finish_layer(  # pragma: no cover
+    layer, query, hidden, tiles, scratch, narrow, weights, shape, window, places, keys, values, team, ticks, since
+):
+    """Adds to hidden [H / 32, N, 32] what a layer makes of its queries.
+
+    `tiles` are those of the queries wanted, and where in hidden each begins, as `attend` takes them. Counts ticks likewise;
+    returns the time now.
+    """
+    tokens, vectors = hidden.shape[1], weights.vectors
     attended = strips_of(scratch.attended, shape.heads * shape.head_dim, tokens)
     normed = strips_of(scratch.normed, hidden.shape[0] * COLUMNS, tokens)
     inner = strips_of(scratch.inner, weights.gate_up.data.shape[1] // 2 * COLUMNS, tokens)
-    query = scratch.query[: tokens * shape.heads * shape.head_dim]
-    query = query.reshape((shape.kv_heads, tokens, groups, shape.head_dim))
-    narrow, target, strip, row = scratch.narrow, hidden.ctypes.data, hidden.strides[0], hidden.strides[1]
-    project(x, narrow, weights.qkv, layer, qkv.ctypes.data, strip, row, 0, threads, turn)
-    now = lap(ticks, QKV, since)
-    split_heads(
-        layer, qkv, weights.qkv_bias, weights.query_norm, weights.key_norm, epsilon, weights.cosines, weights.sines,
-        places.positions, places.slots, query, keys, values, (threads, turn + 16),
-    )  # fmt: skip
-    now = lap(ticks, SPLIT, now)
+    target, strip, row = hidden.ctypes.data, hidden.strides[0], hidden.strides[1]
     attend(
-        layer, query, keys, values, places.tiles, places.tables, scaling, window, attended, (threads, turn + 24)
+        layer, query, keys, values, tiles, places.tables, np.float32(shape.scaling), window, attended, team
     )  # fmt: skip
-    now = lap(ticks, ATTEND, now)
-    project(attended, narrow, weights.output, layer, target, strip, row, 1, threads, turn + 32)
+    now = lap(ticks, ATTEND, since)
+    project(attended, narrow, weights.output, layer, target, strip, row, 1, later(team, 1))
     now = lap(ticks, OUTPUT, now)
-    norm_all(hidden, weights.post_norm[layer], epsilon, normed, (threads, turn + 48))
+    norm_all(hidden, vectors.post_norm[layer], np.float32(shape.epsilon), normed, later(team, 3))
     now = lap(ticks, NORM, now)
-    project_gated(normed, narrow, weights.gate_up, layer, inner, threads, turn + 56)
+    project_gated(normed, narrow, weights.gate_up, layer, inner, later(team, 4))
     now = lap(ticks, GATE, now)
-    project(inner, narrow, weights.down, layer, target, strip, row, 1, threads, turn + 72)
+    project(inner, narrow, weights.down, layer, target, strip, row, 1, later(team, 6))
     return lap(ticks, DOWN, now)
 
 

@@ -12,11 +12,11 @@ queries; a page of values is 16 rows of one with the weights. `pair` is 2 for bf
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from tailserve.engine.model.kernels import MANY, norm, put
+from tailserve.engine.model.kernels import norm, put
 from tailserve.engine.model.microkernel import LANES
-from tailserve.engine.model.team import take
+from tailserve.engine.model.team import meet, portion, portions, take, take_next
 from tailserve.engine.model.tiles import COLUMNS, PAGE, score, weigh
 from tailserve.engine.model.vectors import exp, larger, peak, read, spread, total, write
 
@@ -37,7 +37,7 @@ def _rotate(like, head, head_dim, cosines, sines, rotary, out):  # pragma: no co
         put(like, out + i * size, read(head + i * 4))
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def split_heads(  # pragma: no cover
     layer, qkv, bias, q_norm, k_norm, epsilon, cosines, sines, positions, slots, query, keys, values, team
 ):
@@ -53,54 +53,54 @@ def split_heads(  # pragma: no cover
     # Pages as units of 4 bytes for keys, and of one number for values.
     key_units = keys.reshape(-1).view(np.uint32)
     value_units = values.reshape(-1)
-    some = 1 + tokens // MANY
-    threads, counter = team
-    for _ in prange(threads):
-        head, stored = np.empty(head_dim, np.float32), np.empty(head_dim, keys.dtype)
-        units, address, narrow = stored.view(np.uint32), head.ctypes.data, stored.ctypes.data
-        begin = take(counter) * some
-        while begin < tokens:
-            for t in range(begin, min(begin + some, tokens)):
-                block, page, lane = slots[t] // (pages * PAGE), slots[t] // PAGE % pages, slots[t] % PAGE
-                cosine, sine = cosine_base + positions[t] * angles, sine_base + positions[t] * angles
-                for h in range(kv_heads * (groups + 2)):
-                    for i in range(0, head_dim, LANES):
-                        value = read(x + (h * strips + i // COLUMNS) * strip_stride + t * 128 + i % COLUMNS * 4)
-                        write(address + i * 4, value)
-                    if bias.shape[1]:
-                        for i in range(head_dim):
-                            head[i] += bias[layer, h * head_dim + i]
-                    if h < kv_heads * groups:
-                        if q_norm.shape[1]:
-                            norm(head, address, 128, q_scale, strips, epsilon, address, 128)
-                        place = target + ((h // groups * tokens + t) * groups + h % groups) * head_dim * size
-                        _rotate(query, address, head_dim, cosine, sine, rotary, place)
-                        continue
-                    number = h - kv_heads * groups
-                    own = ((layer * keys.shape[1] + block) * kv_heads + number % kv_heads) * pages + page
-                    if number < kv_heads:
-                        if k_norm.shape[1]:
-                            norm(head, address, 128, k_scale, strips, epsilon, address, 128)
-                        _rotate(stored, address, head_dim, cosine, sine, rotary, narrow)
-                        place = own * (head_dim // pair) * PAGE + lane
-                        for step in range(len(units)):
-                            key_units[place + step * PAGE] = units[step]
-                        continue
-                    for i in range(0, head_dim, LANES):
-                        put(stored, narrow + i * size, read(address + i * 4))
-                    for strip in range(strips):
-                        place = ((own * strips + strip) * (PAGE // pair) + lane // pair) * COLUMNS * pair + lane % pair
-                        for d in range(COLUMNS):
-                            value_units[place + d * pair] = stored[strip * COLUMNS + d]
-            begin = take(counter) * some
+    head, stored = np.empty(head_dim, np.float32), np.empty(head_dim, keys.dtype)
+    units, address, narrow = stored.view(np.uint32), head.ctypes.data, stored.ctypes.data
+    threads = team[1]
+    count, some = portions(tokens, team)
+    task = take(team, count)
+    while task < threads * count:
+        for t in range(*portion(task, count, some, tokens, team)):
+            block, page, lane = slots[t] // (pages * PAGE), slots[t] // PAGE % pages, slots[t] % PAGE
+            cosine, sine = cosine_base + positions[t] * angles, sine_base + positions[t] * angles
+            for h in range(kv_heads * (groups + 2)):
+                for i in range(0, head_dim, LANES):
+                    value = read(x + (h * strips + i // COLUMNS) * strip_stride + t * 128 + i % COLUMNS * 4)
+                    write(address + i * 4, value)
+                if bias.shape[1]:
+                    for i in range(head_dim):
+                        head[i] += bias[layer, h * head_dim + i]
+                if h < kv_heads * groups:
+                    if q_norm.shape[1]:
+                        norm(head, address, 128, q_scale, strips, epsilon, address, 128)
+                    place = target + ((h // groups * tokens + t) * groups + h % groups) * head_dim * size
+                    _rotate(query, address, head_dim, cosine, sine, rotary, place)
+                    continue
+                number = h - kv_heads * groups
+                own = ((layer * keys.shape[1] + block) * kv_heads + number % kv_heads) * pages + page
+                if number < kv_heads:
+                    if k_norm.shape[1]:
+                        norm(head, address, 128, k_scale, strips, epsilon, address, 128)
+                    _rotate(stored, address, head_dim, cosine, sine, rotary, narrow)
+                    place = own * (head_dim // pair) * PAGE + lane
+                    for step in range(len(units)):
+                        key_units[place + step * PAGE] = units[step]
+                    continue
+                for i in range(0, head_dim, LANES):
+                    put(stored, narrow + i * size, read(address + i * 4))
+                for strip in range(strips):
+                    place = ((own * strips + strip) * (PAGE // pair) + lane // pair) * COLUMNS * pair + lane % pair
+                    for d in range(COLUMNS):
+                        value_units[place + d * pair] = stored[strip * COLUMNS + d]
+        task = take_next(team, count, task)
+    meet(team, count)
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def attend(layer, query, keys, values, tiles, tables, scaling, window, out, team):  # pragma: no cover
+@njit(cache=True, nogil=True)
+def attend(layer, query, keys, values, tiles_and_rows, tables, scaling, window, out, team):  # pragma: no cover
     """Causal attention of query [kv_heads, T, groups, head_dim] over the pages of its sequences.
 
-    out [heads * head_dim / 32, T, 32]. tiles [N, 4]: sequence, first token of the batch, tokens, position of the first
-    token. A tile's rows are its tokens times the groups, so keys are read once for all of them. window 0 is none.
+    With tiles [N, 4] as of `spans.query_tiles` come the rows [N] of out [heads * head_dim / 32, R, 32] that each begins at.
+    The rows of its products are its tokens times the groups, so keys are read once for all of them. window 0 is none.
     """
     kv_heads, _, groups, head_dim = query.shape
     block_pages, pair, strips = keys.shape[3], keys.shape[5] // PAGE, head_dim // COLUMNS
@@ -108,46 +108,57 @@ def attend(layer, query, keys, values, tiles, tables, scaling, window, out, team
     block_stride, head_stride, page_stride = keys.strides[1], keys.strides[2], keys.strides[3]
     query_base, query_stride, row_stride = query.ctypes.data, query.strides[1], query.strides[2]
     target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
-    threads, counter = team
-    for _ in prange(threads):
-        task = take(counter)
-        while task < len(tiles) * kv_heads:
-            n, h = task // kv_heads, task % kv_heads
-            sequence, begin, position = tiles[n, 0], tiles[n, 1], tiles[n, 3]
-            rows = tiles[n, 2] * groups
-            first = max(0, position - window + 1) // PAGE if window > 0 else 0
-            count = (position + tiles[n, 2] - 1) // PAGE + 1 - first
-            # Keys, then values.
-            pages = np.empty(2 * count, np.int64)
-            for p in range(count):
-                block, page = tables[sequence, (first + p) // block_pages], (first + p) % block_pages
-                offset = block * block_stride + h * head_stride + page * page_stride
-                pages[p], pages[count + p] = key_base + offset, value_base + offset
-            width = count * PAGE
-            scores = np.empty((rows, width), np.float32)
-            weights = np.empty((rows, width), query.dtype)
-            sums = np.zeros((rows, head_dim), np.float32)
-            totals = np.empty(rows, np.float32)
-            line, share, sum_base = scores.ctypes.data, weights.ctypes.data, sums.ctypes.data
-            x = query_base + h * query.strides[0] + begin * query_stride
-            score(query, rows, x, row_stride, pages, count, head_dim // pair, line, width * 4)
-            for r in range(rows):
-                own = position + r // groups
-                low = max(0, own - window + 1 - first * PAGE) if window > 0 else 0
-                for j in range(low):
-                    scores[r, j] = NOWHERE
-                for j in range(own + 1 - first * PAGE, width):
-                    scores[r, j] = NOWHERE
-                totals[r] = _softmax(weights, line + r * width * 4, width, scaling, share + r * width * size)
-            weigh(query, rows, share, width * size, pages, count, strips, sum_base, head_dim * 4)
-            for r in range(rows):
-                # Dividing the sums is cheaper than dividing the weights.
-                inverse = spread(np.float32(1.0) / totals[r])
-                place = target + (h * groups + r % groups) * strips * strip + (begin + r // groups) * COLUMNS * size
-                for d in range(0, head_dim, LANES):
-                    value = read(sum_base + (r * head_dim + d) * 4) * inverse
-                    put(out, place + d // COLUMNS * strip + d % COLUMNS * size, value)
-            task = take(counter)
+    tiles, places = tiles_and_rows
+    tokens, shares = out.shape[1], team[1]
+    # A tile is of the share that its first row is of; no share has more of them than this.
+    bounds = np.zeros(shares + 1, np.int64)
+    for n in range(len(tiles)):
+        bounds[1 + (shares * (places[n] + 1) - 1) // tokens] += 1
+    most = bounds.max() * kv_heads
+    for share in range(shares):
+        bounds[share + 1] += bounds[share]
+    task = take(team, most)
+    while task < shares * most:
+        n, h = bounds[task // most] + task % most // kv_heads, task % kv_heads
+        if n >= bounds[task // most + 1]:
+            task = take_next(team, most, task)
+            continue
+        sequence, begin, position = tiles[n, 0], tiles[n, 1], tiles[n, 3]
+        rows = tiles[n, 2] * groups
+        first = max(0, position - window + 1) // PAGE if window > 0 else 0
+        count = (position + tiles[n, 2] - 1) // PAGE + 1 - first
+        # Keys, then values.
+        pages = np.empty(2 * count, np.int64)
+        for p in range(count):
+            block, page = tables[sequence, (first + p) // block_pages], (first + p) % block_pages
+            offset = block * block_stride + h * head_stride + page * page_stride
+            pages[p], pages[count + p] = key_base + offset, value_base + offset
+        width = count * PAGE
+        scores = np.empty((rows, width), np.float32)
+        weights = np.empty((rows, width), query.dtype)
+        sums = np.zeros((rows, head_dim), np.float32)
+        totals = np.empty(rows, np.float32)
+        line, share, sum_base = scores.ctypes.data, weights.ctypes.data, sums.ctypes.data
+        x = query_base + h * query.strides[0] + begin * query_stride
+        score(query, rows, x, row_stride, pages, count, head_dim // pair, line, width * 4)
+        for r in range(rows):
+            own = position + r // groups
+            low = max(0, own - window + 1 - first * PAGE) if window > 0 else 0
+            for j in range(low):
+                scores[r, j] = NOWHERE
+            for j in range(own + 1 - first * PAGE, width):
+                scores[r, j] = NOWHERE
+            totals[r] = _softmax(weights, line + r * width * 4, width, scaling, share + r * width * size)
+        weigh(query, rows, share, width * size, pages, count, strips, sum_base, head_dim * 4)
+        for r in range(rows):
+            # Dividing the sums is cheaper than dividing the weights.
+            inverse = spread(np.float32(1.0) / totals[r])
+            place = target + (h * groups + r % groups) * strips * strip + (places[n] + r // groups) * COLUMNS * size
+            for d in range(0, head_dim, LANES):
+                value = read(sum_base + (r * head_dim + d) * 4) * inverse
+                put(out, place + d // COLUMNS * strip + d % COLUMNS * size, value)
+        task = take_next(team, most, task)
+    meet(team, most)
 
 
 @njit(cache=True, nogil=True)

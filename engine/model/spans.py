@@ -56,6 +56,16 @@ def query_tiles(query_starts: Array, starts: Array, width: int) -> Array:
     return np.stack([owner, query_starts[owner] + offsets, sizes, starts[owner] + offsets], axis=1).astype(np.int64)
 
 
+def wanted_tiles(batch: PackedSpans, counts: Array, width: int) -> tuple[Array, Array]:
+    """The tiles of the tokens `batch.wanted`, the last `counts` [S] of each span, and where among these each begins."""
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
+    tiles = query_tiles(starts, batch.context_lens - counts, width)
+    rows = tiles[:, 1].copy()
+    tiles[:, 1] = batch.wanted[rows]
+    return tiles, rows
+
+
 def pack(spans: Sequence[Span], block_size: int) -> PackedSpans:
     """Lays spans side by side."""
     lengths = np.array([len(span.token_ids) for span in spans], np.int32)

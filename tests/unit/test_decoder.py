@@ -103,6 +103,25 @@ def test_a_chunk_that_wants_no_logits_only_fills_the_cache(dtype: str, tmp_path:
     assert torch.equal(paged.forward([Span(tokens[39:], 39, [3, 4, 5], 1)]), whole)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bits_do_not_depend_on_what_else_is_asked_for(dtype: str, tmp_path: Path) -> None:
+    """Behind the last layer's keys and values, only tokens whose logits or states are wanted are computed."""
+    paged = _load(save_model(FITTING["llama"], tmp_path), dtype)
+    tokens, blocks = list(range(60)), [list(range(begin, begin + 4)) for begin in (0, 4, 8)]
+    spans = [Span(tokens[:60], 0, blocks[0], 3), Span(tokens[:50], 0, blocks[1], 1), Span(tokens[:9], 0, blocks[2], 9)]
+    alone = [paged.forward([Span(span.token_ids, 0, span.block_ids, len(span.token_ids))]) for span in spans]
+    whole = torch.cat([logits[-span.num_logits :] for span, logits in zip(spans, alone, strict=True)])
+    assert torch.equal(paged.forward(spans), whole)
+    some = paged.forward([*spans[:1], Span(tokens[:50], 0, blocks[1], 0), *spans[2:]])
+    assert torch.equal(some, torch.cat([whole[:3], whole[4:]]))
+    paged.tap([0, TINY["num_hidden_layers"] - 1])
+    assert torch.equal(paged.forward(spans), whole)
+    assert paged.features is not None
+    together = paged.features.clone()
+    paged.forward([spans[1]])
+    assert torch.equal(paged.features, together[60:110])
+
+
 def test_bfloat16_is_as_close_to_float32_as_transformers(tmp_path: Path) -> None:
     path = save_model(FITTING["llama"], tmp_path)
     exact, paged = _load(path, "float32"), _load(path, "bfloat16")
@@ -169,9 +188,9 @@ def test_exp_is_exact_to_float32() -> None:
 def _pick(logits: np.ndarray, temperatures: list[float], keys: np.ndarray) -> np.ndarray:
     padded = np.zeros((len(logits), logits.shape[1] // 32 * 32 + 32), np.float32)
     padded[:, : logits.shape[1]] = logits
-    out, counter = np.empty(len(logits), np.int64), np.zeros(1, np.int64)
+    out, lines = np.empty(len(logits), np.int64), np.zeros(16, np.int64)
     inverse = np.array([1 / t if t else 0.0 for t in temperatures], np.float32)
-    team = (2, counter.ctypes.data)
+    team = (0, 2, False, lines.ctypes.data)
     pick_all(padded.ctypes.data, padded.strides[0], logits.shape[1], inverse, keys, out, team)
     return out
 
@@ -195,7 +214,8 @@ def test_compiled_draws_are_those_of_torch(columns: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [None, 20])
-def test_attention_equals_the_reference(window: int | None, dtype: str) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attention_equals_the_reference(window: int | None, dtype: str, threads: int) -> None:
     """Within the rounding of the type: generating sequences, a whole prompt, the last chunk of another."""
     heads, kv_heads, head_dim, size = 6, 2, 64, 32
     lengths, contexts = [1, 5, 40, 1], [150, 5, 57, 1]
@@ -224,9 +244,11 @@ def test_attention_equals_the_reference(window: int | None, dtype: str) -> None:
     copy_blocks(cache, np.arange(30), keys, values)
     grouped = as_array(query.view(-1, kv_heads, heads // kv_heads, head_dim).transpose(0, 1).contiguous())
     out = np.zeros((heads * head_dim // 32, sum(lengths), 32), grouped.dtype)
-    counter = np.zeros(1, np.int64)
+    lines = np.zeros(16, np.int64)
     tiles = query_tiles(query_starts, np.array(contexts) - np.array(lengths), 4)
-    attend(1, grouped, keys, values, tiles, tables, np.float32(0.125), window or 0, out, (2, counter.ctypes.data))
+    places = (tiles, tiles[:, 1].copy())
+    team = (threads - 1, threads, False, lines.ctypes.data)
+    attend(1, grouped, keys, values, places, tables, np.float32(0.125), window or 0, out, team)
     flat = np.ascontiguousarray(out.transpose(1, 0, 2)).reshape(sum(lengths), heads, head_dim)
     actual = torch.from_numpy(flat.view(np.int16)).view(kind) if dtype == "bfloat16" else torch.from_numpy(flat)
     close = 1e-5 if dtype == "float32" else 2**-6

@@ -18,9 +18,9 @@ DEPTH, COLUMNS = 96, 70
 
 
 @njit
-def run(x, narrow, panels, out, add, counters):  # type: ignore[no-untyped-def]
+def run(x, narrow, panels, out, add, lines):  # type: ignore[no-untyped-def]
     strip, row = out.strides[0], out.strides[1]
-    project(x, narrow, panels, 0, out.ctypes.data, strip, row, add, 2, counters.ctypes.data)
+    project(x, narrow, panels, 0, out.ctypes.data, strip, row, add, (0, 2, False, lines.ctypes.data))
 
 
 def product(x: np.ndarray, panels: Panels, start: float | None = None) -> np.ndarray:
@@ -32,7 +32,7 @@ def product(x: np.ndarray, panels: Panels, start: float | None = None) -> np.nda
     narrow = Quantized(aligned((rows * DEPTH,), np.int8), np.empty(rows, np.float32), np.empty(rows, np.int64))
     out = strips_of(aligned((rows * 96,), np.float32), 96, tokens)
     out[...] = start or 0.0
-    run(strips, narrow, panels, out, int(start is not None), np.zeros(2, np.int64))
+    run(strips, narrow, panels, out, int(start is not None), np.zeros(32, np.int64))
     result: np.ndarray = out.transpose(1, 0, 2).reshape(tokens, -1)[:, :COLUMNS]
     return result
 

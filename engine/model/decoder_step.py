@@ -1,0 +1,160 @@
+"""What the compiled decoder runs in a step, in each of its threads.
+
+Numba hands its threads tuples, but not tuples of tuples: those are taken apart before, and put together again.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, call-arg, var-annotated"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from tailserve.engine.model.int8 import project
+from tailserve.engine.model.kernels import copy_out, embed, norm_all, pick_all, pick_rows
+from tailserve.engine.model.layer import (
+    EMBED,
+    HEAD,
+    HEAD_KERNELS,
+    KERNELS,
+    NORM,
+    LayerWeights,
+    finish_layer,
+    lap,
+    make_heads,
+    strips_of,
+)
+from tailserve.engine.model.team import cycles, later, team_of
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def run(  # pragma: no cover
+    ends,
+    qkv,
+    output,
+    gate_up,
+    down,
+    vectors,
+    head,
+    shape,
+    window,
+    threads,
+    scratch,
+    narrow,
+    lines,
+    ticks,
+    keys,
+    values,
+    token_ids,
+    places,
+    tiles,
+    last_tiles,
+    kept,
+    wanted,
+    tapped,
+    features,
+    logits,
+):
+    """float32 logits [len(wanted), 32 P] of the tokens kept[wanted]. Stores keys and values on the way, and in `features`
+    [tokens, hidden states of each layer `tapped`].
+
+    The last layer is computed for the tokens `kept`. Tiles of all and of those as `paged_kernels.attend` takes them.
+    """
+    lines[:] = 0
+    for member in prange(threads):
+        _step(
+            ends,
+            LayerWeights(qkv, output, gate_up, down, vectors),
+            head,
+            shape,
+            window,
+            scratch,
+            narrow,
+            team_of(member, threads, len(token_ids), lines.ctypes.data),
+            ticks[member],
+            keys,
+            values,
+            token_ids,
+            places,
+            tiles,
+            last_tiles,
+            kept,
+            wanted,
+            tapped,
+            features,
+            logits,
+        )
+
+
+@njit(cache=True, nogil=True)
+def _step(  # pragma: no cover
+    ends,
+    layers,
+    head,
+    shape,
+    window,
+    scratch,
+    narrow,
+    team,
+    ticks,
+    keys,
+    values,
+    token_ids,
+    places,
+    tiles,
+    last_tiles,
+    kept,
+    wanted,
+    tapped,
+    features,
+    logits,
+):
+    """One thread's part in a step."""
+    tokens, size, count = len(token_ids), ends.input_norm.shape[1], len(ends.input_norm)
+    epsilon = np.float32(shape.epsilon)
+    hidden, normed = strips_of(scratch.hidden, size, tokens), strips_of(scratch.normed, size, tokens)
+    now = cycles()
+    embed(token_ids, ends.embedding, hidden, team)
+    team = later(team, 1)
+    now = lap(ticks, EMBED, now)
+    for layer in range(count):
+        norm_all(hidden, ends.input_norm[layer], epsilon, normed, team)
+        now = lap(ticks, NORM, now)
+        query, now = make_heads(
+            layer, normed, scratch, narrow, layers, shape, places, keys, values, later(team, 1), ticks, now
+        )  # fmt: skip
+        team = later(team, 1 + HEAD_KERNELS)
+        if layer == count - 1:
+            if len(kept) == 0:
+                return
+            # The memory that heads were split from.
+            last = strips_of(scratch.qkv, size, len(kept))
+            team = team_of(team[0], team[1], len(kept), team[3])
+            pick_rows(hidden, kept, last, team)
+            team = later(team, 1)
+            hidden, tiles = last, last_tiles
+        now = finish_layer(
+            layer, query, hidden, tiles, scratch, narrow, layers, shape, window, places, keys, values, team, ticks, now
+        )  # fmt: skip
+        team = later(team, KERNELS)
+        for n in range(len(tapped)):
+            if tapped[n] == layer:
+                copy_out(hidden, features, n * size, team)
+                team = later(team, 1)
+    if len(wanted) == 0:
+        return
+    team = team_of(team[0], team[1], len(wanted), team[3])
+    final, normed = strips_of(scratch.hidden, size, len(wanted)), strips_of(scratch.normed, size, len(wanted))
+    pick_rows(hidden, wanted, final, team)
+    norm_all(final, ends.final_norm, epsilon, normed, later(team, 1))
+    row = logits.shape[1] * 4
+    project(normed, narrow, head, 0, logits.ctypes.data, final.strides[1], row, 0, later(team, 2))
+    lap(ticks, HEAD, now)
+
+
+@njit(parallel=True, cache=True, nogil=True)
+def pick(address, stride, columns, inverse, keys, tokens, lines, threads):  # pragma: no cover
+    """`kernels.pick_all` by a team."""
+    lines[:threads] = 0
+    for member in prange(threads):
+        pick_all(address, stride, columns, inverse, keys, tokens, (member, threads, False, lines.ctypes.data))
