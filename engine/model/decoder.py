@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.attention import KVCache
+from tailserve.engine.model.cpus import cpu_sets
 from tailserve.engine.model.decoder_step import pick, run
 from tailserve.engine.model.decoder_weights import fits, read_weights, sliding_window
 from tailserve.engine.model.layer import (
@@ -60,6 +61,7 @@ class CompiledDecoder:
         attention: Any = model.model.layers[0].self_attn
         self.num_blocks, self.block_size = num_blocks, block_size
         self._num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+        self._cpus = cpu_sets(self._num_threads)
         self._vocab = model.lm_head.out_features
         self._weights = read_weights(model, max_model_len, int8=int8)
         self._shape = Shape(
@@ -116,6 +118,7 @@ class CompiledDecoder:
             self._shape,
             self.sliding_window or 0,
             self._num_threads,
+            self._cpus,
             self._scratch,
             self._narrow,
             self._lines,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from tailserve.engine.model.cpus import stay_on
 from tailserve.engine.model.int8 import project
 from tailserve.engine.model.kernels import copy_out, embed, norm_all, pick_all, pick_rows
 from tailserve.engine.model.layer import (
@@ -39,6 +40,7 @@ def run(  # pragma: no cover
     shape,
     window,
     threads,
+    cpus,
     scratch,
     narrow,
     lines,
@@ -58,10 +60,13 @@ def run(  # pragma: no cover
     """float32 logits [len(wanted), 32 P] of the tokens kept[wanted]. Stores keys and values on the way, and in `features`
     [tokens, hidden states of each layer `tapped`].
 
-    The last layer is computed for the tokens `kept`. Tiles of all and of those as `paged_kernels.attend` takes them.
+    The last layer is computed for the tokens `kept`. Tiles of all and of those as `paged_kernels.attend` takes them. Threads
+    stay on their `cpus` (see `cpus.cpu_sets`).
     """
     lines[:] = 0
     for member in prange(threads):
+        if len(cpus) > 0:
+            stay_on(cpus[member:].ctypes.data)
         _step(
             ends,
             LayerWeights(qkv, output, gate_up, down, vectors),
@@ -84,6 +89,9 @@ def run(  # pragma: no cover
             features,
             logits,
         )
+    # Threads and processes that this one starts would stay where it does.
+    if len(cpus) > 0:
+        stay_on(cpus[threads:].ctypes.data)
 
 
 @njit(cache=True, nogil=True)

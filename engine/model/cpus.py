@@ -1,0 +1,52 @@
+"""Keeps the threads of a team apart, each on a CPU of its own.
+
+Where they share a machine, Linux may put two of them on one CPU while another process has a CPU for a moment, and may take
+tens of milliseconds to part them: steps of twice the time. A team that has all CPUs of its process knows better.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from tailserve.engine.model.llvm import call
+
+_BYTES = 128
+"""Of a set of CPUs, a bit for each, as Linux takes it."""
+
+
+def cpu_sets(threads: int) -> npt.NDArray[np.uint8]:
+    """[threads + 1, bytes]: a set of one CPU for each thread, and what the process may use.
+
+    No rows where threads may be moved: where there are CPUs to spare, another team could have picked the same ones.
+    """
+    allowed = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    sets = np.zeros((threads + 1, _BYTES), np.uint8)
+    if threads < 2 or threads != len(allowed) or allowed[-1] >= 8 * _BYTES:
+        return sets[:0]
+    for thread, cpu in enumerate(allowed):
+        for row in (thread, threads):
+            sets[row, cpu // 8] |= 1 << cpu % 8
+    return sets
+
+
+@intrinsic
+def stay_on(context, cpus):
+    """The calling thread runs on the CPUs of the set at an address from now on; where that is refused, nothing changes."""
+
+    def codegen(own, builder, signature, args):
+        if sys.platform == "linux":
+            # This thread; what follows is the set's size.
+            own_number, size = ir.Constant(ir.IntType(32), 0), ir.Constant(ir.IntType(64), _BYTES)
+            call(builder, "sched_setaffinity", ir.IntType(32), own_number, size, args[0])
+        return own.get_dummy_value()
+
+    return types.void(types.intp), codegen
