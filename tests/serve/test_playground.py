@@ -157,7 +157,7 @@ async def test_two_turns_of_a_chat(browser: Browser) -> None:
 
 async def test_stop_frees_the_sequence_at_once(server: Server, browser: Browser) -> None:
     await browser.settle(temperature="0", max_tokens="1500")
-    await browser.ask("Count from one to a thousand, in words.")
+    await browser.ask("Tell me a long story about a ship, with many chapters.")
     await expect(browser.page.locator(".answer").first).not_to_be_empty(timeout=30_000)
     await until_running(server, 1)
     await browser.page.get_by_role("button", name="Stop").click()
