@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,7 @@ _BYTES = 128
 
 
 def cpu_sets(threads: int) -> npt.NDArray[np.uint8]:
-    """[threads + 1, bytes]: a set of one CPU for each thread, and what the process may use.
+    """[threads + 1, bytes]: a set of one CPU for each thread, and one more to keep another set in.
 
     No rows where threads may be moved: where there are CPUs to spare, another team could have picked the same ones.
     """
@@ -33,20 +35,28 @@ def cpu_sets(threads: int) -> npt.NDArray[np.uint8]:
     if threads < 2 or threads != len(allowed) or allowed[-1] >= 8 * _BYTES:
         return sets[:0]
     for thread, cpu in enumerate(allowed):
-        for row in (thread, threads):
-            sets[row, cpu // 8] |= 1 << cpu % 8
+        sets[thread, cpu // 8] |= 1 << cpu % 8
     return sets
+
+
+@intrinsic
+def note_cpus(context, cpus):
+    """Writes the set of CPUs that the calling thread may run on to an address."""
+    return types.void(types.intp), _asks_linux("sched_getaffinity")
 
 
 @intrinsic
 def stay_on(context, cpus):
     """The calling thread runs on the CPUs of the set at an address from now on; where that is refused, nothing changes."""
+    return types.void(types.intp), _asks_linux("sched_setaffinity")
 
+
+def _asks_linux(name: str) -> Callable[..., Any]:
     def codegen(own, builder, signature, args):
         if sys.platform == "linux":
             # This thread; what follows is the set's size.
             own_number, size = ir.Constant(ir.IntType(32), 0), ir.Constant(ir.IntType(64), _BYTES)
-            call(builder, "sched_setaffinity", ir.IntType(32), own_number, size, args[0])
+            call(builder, name, ir.IntType(32), own_number, size, args[0])
         return own.get_dummy_value()
 
-    return types.void(types.intp), codegen
+    return codegen

@@ -76,16 +76,14 @@ class CompiledDecoder:
         self._tile_width = max(1, MAX_ROWS // (self._shape.heads // self._shape.kv_heads))
         layers, kv_heads, head_dim = len(self._weights.ends.input_norm), self._shape.kv_heads, self._shape.head_dim
         kind = self._weights.ends.embedding.dtype
-        self._tapped = np.empty(0, np.int64)
+        self.tap(())
         self.features: torch.Tensor | None = None
         self._kind = kind
         self._scratch, self._narrow = allocate_scratch(self._weights.layers, self._shape, MAX_ROWS, kind)
-        # For the kernels of a step: each layer's, its norm and its tap, the embedding, and those behind the layers.
-        self._lines = aligned((((HEAD_KERNELS + KERNELS + 2) * layers + 6) * self._num_threads, LINE // 8), np.int64)
         # Each thread writes to memory of its own.
         self._ticks = aligned((self._num_threads, 2 * LINE // 8), np.int64)
         self.ticks: Array = self._ticks[0, : len(PARTS)]
-        """The CPU's ticks that each of PARTS has taken since the start."""
+        """The CPU's ticks that each of PARTS has taken one thread since the start, waiting for others included."""
         keys, values = panel_shapes(layers, num_blocks, kv_heads, block_size, head_dim, 4 // kind.itemsize)
         self._keys, self._values = untouched_zeros(keys, kind), untouched_zeros(values, kind)
         self._reserve = Reserve([self._keys, self._values], num_spare_blocks)
@@ -141,6 +139,9 @@ class CompiledDecoder:
     def tap(self, layers: Sequence[int]) -> None:
         """See `PagedModel.tap`."""
         self._tapped = np.array(layers, np.int64)
+        # For the kernels of a step: each layer's and its norm, the taps, the embedding, and those of the last tokens.
+        kernels = (1 + HEAD_KERNELS + KERNELS) * len(self._weights.ends.input_norm) + len(layers) + 6
+        self._lines = aligned((kernels * self._num_threads, LINE // 8), np.int64)
 
     def take_over(self, cache: KVCache, blocks: Array) -> None:
         """Copies the keys and values of some blocks from a cache of the same shape and type."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from tailserve.engine.model.cpus import stay_on
+from tailserve.engine.model.cpus import note_cpus, stay_on
 from tailserve.engine.model.int8 import project
 from tailserve.engine.model.kernels import copy_out, embed, norm_all, pick_all, pick_rows
 from tailserve.engine.model.layer import (
@@ -64,6 +64,8 @@ def run(  # pragma: no cover
     stay on their `cpus` (see `cpus.cpu_sets`).
     """
     lines[:] = 0
+    if len(cpus) > 0:
+        note_cpus(cpus[threads:].ctypes.data)
     for member in prange(threads):
         if len(cpus) > 0:
             stay_on(cpus[member:].ctypes.data)

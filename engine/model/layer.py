@@ -87,7 +87,7 @@ def allocate_scratch(weights: LayerWeights, shape: Shape, tokens: int, kind: npt
     tokens |= 1
     size, inner = weights.vectors.post_norm.shape[1], weights.gate_up.data.shape[1] // 2 * COLUMNS
     attended = shape.heads * shape.head_dim
-    # Behind the last layer it holds hidden states.
+    # In the last layer, once heads are split, it holds hidden states.
     columns = max(weights.qkv.data.shape[1] * COLUMNS, size)
     widest = max(inner, attended, weights.qkv.data.shape[2] * (weights.qkv.data.shape[3] // COLUMNS))
     scratch = Scratch(

@@ -1,4 +1,4 @@
-"""How the threads of a step share work: all run the whole step, take tasks off a counter, and go on when all are done.
+"""How the threads of a step share work: all run the whole step, take tasks off counters, and go on when all are done.
 
 Fixed shares would wait for the thread that another process has pushed off its core: on a small machine, at every step. For
 the same reason nobody waits for threads, only for tasks: one that comes late finds no work and catches up. So whatever is
@@ -28,7 +28,7 @@ MANY = 32
 """Tasks that are plenty for a team: tokens are taken in portions rather than in more of them."""
 
 _DONE = 1 << 32
-"""The lower half of those counts the tasks that were taken, the upper half those that are done."""
+"""The lower half of a line's number counts the tasks that were taken, the upper half those that are done."""
 
 
 @intrinsic
