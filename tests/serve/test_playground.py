@@ -126,7 +126,7 @@ async def running(server: Server) -> float:
 
 
 async def until_running(server: Server, count: int) -> None:
-    """The gauge is read now and then, so the first text may be there before it."""
+    """Within 3 seconds."""
     deadline = asyncio.get_running_loop().time() + 3
     while (now := await running(server)) != count:
         assert asyncio.get_running_loop().time() < deadline, f"{now:.0f} sequences run, not {count}"
