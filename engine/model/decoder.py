@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from tailserve.engine.model.attention import KVCache
 from tailserve.engine.model.cpus import cpu_sets
-from tailserve.engine.model.decoder_step import pick, run
+from tailserve.engine.model.decoder_step import Asked, pick, run
 from tailserve.engine.model.decoder_weights import fits, read_weights, sliding_window
 from tailserve.engine.model.layer import (
     HEAD_KERNELS,
     KERNELS,
     PARTS,
     Array,
+    Cache,
     Places,
     Shape,
     allocate_scratch,
@@ -115,23 +116,17 @@ class CompiledDecoder:
             self._weights.head,
             self._shape,
             self.sliding_window or 0,
-            self._num_threads,
-            self._cpus,
             self._scratch,
             self._narrow,
-            self._lines,
-            self._ticks,
-            self._keys,
-            self._values,
-            batch.token_ids,
-            Places(batch.positions, batch.slots, batch.block_tables),
+            Cache(self._keys, self._values),
+            Places(batch.token_ids, batch.positions, batch.slots, batch.block_tables),
             (tiles, rows),
             last,
-            kept,
-            wanted,
-            self._tapped,
-            features,
-            logits,
+            Asked(kept, wanted, logits, self._tapped, features),
+            self._num_threads,
+            self._cpus,
+            self._lines,
+            self._ticks,
         )
         self.features = torch.from_numpy(features) if width else None
         return torch.from_numpy(logits)[:, : self._vocab]

@@ -7,6 +7,8 @@ Numba hands its threads tuples, but not tuples of tuples: those are taken apart 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit, prange
 
@@ -19,6 +21,7 @@ from tailserve.engine.model.layer import (
     HEAD_KERNELS,
     KERNELS,
     NORM,
+    Array,
     LayerWeights,
     finish_layer,
     lap,
@@ -28,40 +31,30 @@ from tailserve.engine.model.layer import (
 from tailserve.engine.model.team import cycles, later, team_of
 
 
+class Asked(NamedTuple):
+    """What is wanted of a batch, and where it goes."""
+
+    kept: Array
+    """Tokens that the last layer is computed for."""
+    wanted: Array
+    """Indices of those of them whose logits are wanted."""
+    logits: Array
+    """float32 [wanted, 32 P]"""
+    tapped: Array
+    """Layers whose hidden states are wanted."""
+    features: Array
+    """float32 [T, those of each]"""
+
+
 @njit(parallel=True, cache=True, nogil=True)
 def run(  # pragma: no cover
-    ends,
-    qkv,
-    output,
-    gate_up,
-    down,
-    vectors,
-    head,
-    shape,
-    window,
-    threads,
-    cpus,
-    scratch,
-    narrow,
-    lines,
-    ticks,
-    keys,
-    values,
-    token_ids,
-    places,
-    tiles,
-    last_tiles,
-    kept,
-    wanted,
-    tapped,
-    features,
-    logits,
-):
-    """float32 logits [len(wanted), 32 P] of the tokens kept[wanted]. Stores keys and values on the way, and in `features`
-    [tokens, hidden states of each layer `tapped`].
+    ends, qkv, output, gate_up, down, vectors, head, shape, window, scratch, narrow, cache, places, tiles, last_tiles, asked,
+    threads, cpus, lines, ticks,
+):  # fmt: skip
+    """Stores keys and values of a batch, and what is `asked`.
 
-    The last layer is computed for the tokens `kept`. Tiles of all and of those as `paged_kernels.attend` takes them. Threads
-    stay on their `cpus` (see `cpus.cpu_sets`).
+    Tiles of all tokens and of those `kept` are as `paged_kernels.attend` takes them. Threads stay on their `cpus` (see
+    `cpus.cpu_sets`).
     """
     lines[:] = 0
     if len(cpus) > 0:
@@ -69,27 +62,10 @@ def run(  # pragma: no cover
     for member in prange(threads):
         if len(cpus) > 0:
             stay_on(cpus[member:].ctypes.data)
+        team = team_of(member, threads, len(places.token_ids), lines.ctypes.data)
+        layers = LayerWeights(qkv, output, gate_up, down, vectors)
         _step(
-            ends,
-            LayerWeights(qkv, output, gate_up, down, vectors),
-            head,
-            shape,
-            window,
-            scratch,
-            narrow,
-            team_of(member, threads, len(token_ids), lines.ctypes.data),
-            ticks[member],
-            keys,
-            values,
-            token_ids,
-            places,
-            tiles,
-            last_tiles,
-            kept,
-            wanted,
-            tapped,
-            features,
-            logits,
+            ends, layers, head, shape, window, scratch, narrow, cache, places, tiles, last_tiles, asked, team, ticks[member]
         )
     # Threads and processes that this one starts would stay where it does.
     if len(cpus) > 0:
@@ -98,40 +74,21 @@ def run(  # pragma: no cover
 
 @njit(cache=True, nogil=True)
 def _step(  # pragma: no cover
-    ends,
-    layers,
-    head,
-    shape,
-    window,
-    scratch,
-    narrow,
-    team,
-    ticks,
-    keys,
-    values,
-    token_ids,
-    places,
-    tiles,
-    last_tiles,
-    kept,
-    wanted,
-    tapped,
-    features,
-    logits,
-):
+    ends, layers, head, shape, window, scratch, narrow, cache, places, tiles, last_tiles, asked, team, ticks
+):  # fmt: skip
     """One thread's part in a step."""
-    tokens, size, count = len(token_ids), ends.input_norm.shape[1], len(ends.input_norm)
-    epsilon = np.float32(shape.epsilon)
+    tokens, size, count = len(places.token_ids), ends.input_norm.shape[1], len(ends.input_norm)
+    epsilon, kept, wanted, logits, tapped = np.float32(shape.epsilon), asked.kept, asked.wanted, asked.logits, asked.tapped
     hidden, normed = strips_of(scratch.hidden, size, tokens), strips_of(scratch.normed, size, tokens)
     now = cycles()
-    embed(token_ids, ends.embedding, hidden, team)
+    embed(places.token_ids, ends.embedding, hidden, team)
     team = later(team, 1)
     now = lap(ticks, EMBED, now)
     for layer in range(count):
         norm_all(hidden, ends.input_norm[layer], epsilon, normed, team)
         now = lap(ticks, NORM, now)
         query, now = make_heads(
-            layer, normed, scratch, narrow, layers, shape, places, keys, values, later(team, 1), ticks, now
+            layer, normed, scratch, narrow, layers, shape, places, cache, later(team, 1), ticks, now
         )  # fmt: skip
         team = later(team, 1 + HEAD_KERNELS)
         if layer == count - 1:
@@ -144,12 +101,12 @@ def _step(  # pragma: no cover
             team = later(team, 1)
             hidden, tiles = last, last_tiles
         now = finish_layer(
-            layer, query, hidden, tiles, scratch, narrow, layers, shape, window, places, keys, values, team, ticks, now
+            layer, query, hidden, tiles, scratch, narrow, layers, shape, window, places, cache, team, ticks, now
         )  # fmt: skip
         team = later(team, KERNELS)
         for n in range(len(tapped)):
             if tapped[n] == layer:
-                copy_out(hidden, features, n * size, team)
+                copy_out(hidden, asked.features, n * size, team)
                 team = later(team, 1)
     if len(wanted) == 0:
         return

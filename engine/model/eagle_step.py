@@ -16,85 +16,25 @@ from tailserve.engine.model.tiles import COLUMNS
 
 @njit(parallel=True, cache=True, nogil=True)
 def run(  # pragma: no cover
-    norms,
-    mix,
-    qkv,
-    output,
-    gate_up,
-    down,
-    vectors,
-    head,
-    shape,
-    window,
-    threads,
-    scratch,
-    narrow,
-    joined,
-    embedded,
-    lines,
-    ticks,
-    keys,
-    values,
-    embeddings,
-    states,
-    places,
-    tiles,
-    wanted,
-    out,
-    logits,
-):
+    norms, mix, qkv, output, gate_up, down, vectors, head, shape, window, scratch, narrow, joined, embedded, cache,
+    embeddings, states, places, tiles, wanted, out, logits, threads, lines, ticks,
+):  # fmt: skip
     """float32 states `out` [R, C] and logits [R, 32 P] at the indices `wanted`, from embeddings and states [T, C]."""
     lines[:] = 0
     for member in prange(threads):
+        team = team_of(member, threads, len(states), lines.ctypes.data)
+        layer = LayerWeights(qkv, output, gate_up, down, vectors)
         _step(
-            norms,
-            mix,
-            LayerWeights(qkv, output, gate_up, down, vectors),
-            head,
-            shape,
-            window,
-            scratch,
-            narrow,
-            joined,
-            embedded,
-            team_of(member, threads, len(states), lines.ctypes.data),
-            ticks[member],
-            keys,
-            values,
-            embeddings,
-            states,
-            places,
-            tiles,
-            wanted,
-            out,
-            logits,
-        )
+            norms, mix, layer, head, shape, window, scratch, narrow, joined, embedded, cache, embeddings, states, places,
+            tiles, wanted, out, logits, team, ticks[member],
+        )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
 def _step(  # pragma: no cover
-    norms,
-    mix,
-    layer,
-    head,
-    shape,
-    window,
-    scratch,
-    narrow,
-    joined_memory,
-    embedded_memory,
-    team,
-    ticks,
-    keys,
-    values,
-    embeddings,
-    states,
-    places,
-    tiles,
-    wanted,
-    out,
-    logits,
-):
+    norms, mix, layer, head, shape, window, scratch, narrow, joined_memory, embedded_memory, cache, embeddings, states,
+    places, tiles, wanted, out, logits, team, ticks,
+):  # fmt: skip
     """One thread's part in a step."""
     tokens, size = states.shape
     epsilon, half = np.float32(shape.epsilon), size // COLUMNS
@@ -107,7 +47,7 @@ def _step(  # pragma: no cover
     strip, row = hidden.strides[0], hidden.strides[1]
     project(joined, narrow, mix, 0, hidden.ctypes.data, strip, row, 1, later(team, 4))
     query, now = make_heads(
-        0, joined, scratch, narrow, layer, shape, places, keys, values, later(team, 6), ticks, 0
+        0, joined, scratch, narrow, layer, shape, places, cache, later(team, 6), ticks, 0
     )  # fmt: skip
     team = later(team, 6 + HEAD_KERNELS)
     # Of the other tokens, only keys and values are needed.
@@ -118,7 +58,7 @@ def _step(  # pragma: no cover
     last, final = strips_of(scratch.qkv, size, count), strips_of(scratch.normed, size, count)
     pick_rows(hidden, wanted, last, team)
     finish_layer(
-        0, query, last, tiles, scratch, narrow, layer, shape, window, places, keys, values, later(team, 1), ticks, now
+        0, query, last, tiles, scratch, narrow, layer, shape, window, places, cache, later(team, 1), ticks, now
     )  # fmt: skip
     team = later(team, 1 + KERNELS)
     copy_out(last, out, 0, team)

@@ -21,7 +21,7 @@ from numba.extending import overload
 from tailserve.engine.model.avx512 import TALLEST, product
 from tailserve.engine.model.kernels import LINES, gated, linear, put
 from tailserve.engine.model.microkernel import LANES
-from tailserve.engine.model.team import columns_of, later, meet, place_of, portion, portions, take, take_next
+from tailserve.engine.model.team import later, meet, place_of, take, take_next, tasks_of
 from tailserve.engine.model.tiles import COLUMNS
 from tailserve.engine.model.vectors import (
     exp,
@@ -129,28 +129,25 @@ def _quantize_all(x, narrow, team):  # pragma: no cover
     source, stride = x.ctypes.data, x.strides[0]
     target, target_stride = narrow.values.ctypes.data, _strip_stride(tokens)
     scales, sums = narrow.scales, narrow.sums
-    threads = team[1]
-    count, some = portions(tokens, team)
-    task = take(team, count)
-    while task < threads * count:
-        for t in range(*portion(task, count, some, tokens, team)):
-            here, there = source + t * COLUMNS * size, target + t * COLUMNS
-            lead = spread(np.float32(0.0))
-            for s in range(strips):
-                lead = larger(lead, magnitude(_read_any(x, here + s * stride)))
-                lead = larger(lead, magnitude(_read_any(x, here + s * stride + LANES * size)))
-            largest = peak(lead)
-            factor = spread(_HIGHEST / largest if largest > 0 else np.float32(0.0))
-            sum_ = spread(np.float32(0.0))
-            for s in range(strips):
-                for half in range(0, COLUMNS, LANES):
-                    value = nearest(_read_any(x, here + s * stride + half * size) * factor)
-                    sum_ = sum_ + value
-                    write_int8(there + s * target_stride + half, value)
-            scales[t] = largest / _HIGHEST
-            sums[t] = np.int64(total(sum_))
-        task = take_next(team, count, task)
-    meet(team, count)
+    t = take(team, tokens)
+    while t < tokens:
+        here, there = source + t * COLUMNS * size, target + t * COLUMNS
+        lead = spread(np.float32(0.0))
+        for s in range(strips):
+            lead = larger(lead, magnitude(_read_any(x, here + s * stride)))
+            lead = larger(lead, magnitude(_read_any(x, here + s * stride + LANES * size)))
+        largest = peak(lead)
+        factor = spread(_HIGHEST / largest if largest > 0 else np.float32(0.0))
+        sum_ = spread(np.float32(0.0))
+        for s in range(strips):
+            for half in range(0, COLUMNS, LANES):
+                value = nearest(_read_any(x, here + s * stride + half * size) * factor)
+                sum_ = sum_ + value
+                write_int8(there + s * target_stride + half, value)
+        scales[t] = largest / _HIGHEST
+        sums[t] = np.int64(total(sum_))
+        t = take_next(team, tokens, t)
+    meet(team, tokens)
 
 
 @njit(cache=True, nogil=True)
@@ -171,15 +168,15 @@ def _product(
 
 @njit(cache=True, nogil=True)
 def _linear(shape, narrow, panels, layer, out, strip_stride, row_stride, add, team):  # pragma: no cover
-    tokens, width, steps, threads = shape[1], panels.data.shape[1], panels.data.shape[2], team[1]
+    tokens, count, steps = shape[1], panels.data.shape[1], panels.data.shape[2]
     stride = panels.data.strides[1]
     base, scales = panels.data.ctypes.data + layer * panels.data.strides[0], panels.scales[layer:].ctypes.data
     x_stride = _strip_stride(tokens)
-    count = columns_of(width, team)
+    tasks = tasks_of(count, team)
     sums = np.empty(TALLEST * COLUMNS, np.int32)
-    task = take(team, count)
-    while task < threads * count:
-        panel, first, end = place_of(task, count, width, tokens, team)
+    task = take(team, tasks)
+    while task < tasks:
+        panel, first, end = place_of(task, count, tokens, team)
         here, lines = base + panel * stride, LINES // 2
         for begin in range(first, end, TALLEST):
             _product(
@@ -188,24 +185,24 @@ def _linear(shape, narrow, panels, layer, out, strip_stride, row_stride, add, te
                 here + stride, lines,
             )  # fmt: skip
             lines = 0
-        task = take_next(team, count, task)
-    meet(team, count)
+        task = take_next(team, tasks, task)
+    meet(team, tasks)
 
 
 @njit(cache=True, nogil=True)
 def _gated(shape, narrow, panels, layer, out, team):  # pragma: no cover
-    tokens, width, steps, threads = shape[1], panels.data.shape[1] // 2, panels.data.shape[2], team[1]
+    tokens, count, steps = shape[1], panels.data.shape[1] // 2, panels.data.shape[2]
     stride = panels.data.strides[1]
     base, scales = panels.data.ctypes.data + layer * panels.data.strides[0], panels.scales[layer:].ctypes.data
     x_stride = _strip_stride(tokens)
     target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
     one, zeros = spread(np.float32(1.0)), spread(np.float32(0.0))
-    count = columns_of(width, team)
+    tasks = tasks_of(count, team)
     sums = np.empty(TALLEST * COLUMNS, np.int32)
     gate, up = np.empty(TALLEST * COLUMNS, np.float32), np.empty(TALLEST * COLUMNS, np.float32)
-    task = take(team, count)
-    while task < threads * count:
-        panel, first, end = place_of(task, count, width, tokens, team)
+    task = take(team, tasks)
+    while task < tasks:
+        panel, first, end = place_of(task, count, tokens, team)
         lines = LINES // 2
         for begin in range(first, end, TALLEST):
             rows = min(TALLEST, end - begin)
@@ -221,5 +218,5 @@ def _gated(shape, narrow, panels, layer, out, team):  # pragma: no cover
             for i in range(0, rows * COLUMNS, LANES):
                 g = read(gate.ctypes.data + i * 4)
                 put(out, place + i * size, g / (one + exp(zeros - g)) * read(up.ctypes.data + i * 4))
-        task = take_next(team, count, task)
-    meet(team, count)
+        task = take_next(team, tasks, task)
+    meet(team, tasks)

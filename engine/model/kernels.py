@@ -20,7 +20,7 @@ from numba.extending import overload
 
 from tailserve.engine.model.microkernel import LANES
 from tailserve.engine.model.noise import log_exponential
-from tailserve.engine.model.team import columns_of, meet, place_of, portion, portions, take, take_next
+from tailserve.engine.model.team import meet, place_of, take, take_next, tasks_of
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, multiply
 from tailserve.engine.model.vectors import exp, fma, get, larger, peak, read, spread, total, write, write_narrow
 
@@ -44,47 +44,51 @@ def _put(like, address, value):  # pragma: no cover
 
 
 @njit(cache=True, nogil=True)
+def _ahead_of(panel, rows):  # pragma: no cover
+    """How a panel of so many bytes is asked for while rows are multiplied: cache lines in each strip, bytes in each pass."""
+    passes = (rows + MAX_ROWS - 1) // MAX_ROWS
+    return (LINES + passes - 1) // passes, panel // passes // 64 * 64
+
+
+@njit(cache=True, nogil=True)
 def linear(x, panels, layer, out, strip_stride, row_stride, add, team):  # pragma: no cover
     """x [K / 32, T, 32] times panels [L, P, steps, 32 * pair] of one layer, to float32 at the address `out`.
 
     The product sets what is there, or if `add` is not 0 raises it. Strides in bytes: from 32 columns of a row to its next
     32, and from row to row.
     """
-    tokens, width, steps, threads = x.shape[1], panels.shape[1], panels.shape[2], team[1]
+    tokens, count, steps = x.shape[1], panels.shape[1], panels.shape[2]
     base, stride = panels.ctypes.data + layer * panels.strides[0], panels.strides[1]
-    count = columns_of(width, team)
-    task = take(team, count)
-    while task < threads * count:
-        panel, first, end = place_of(task, count, width, tokens, team)
-        parts = max(1, (end - first + MAX_ROWS - 1) // MAX_ROWS)
-        lines, part = (LINES + parts - 1) // parts, stride // parts // 64 * 64
-        ahead = base + (panel + 1) * stride
+    tasks = tasks_of(count, team)
+    task = take(team, tasks)
+    while task < tasks:
+        panel, first, end = place_of(task, count, tokens, team)
+        here = base + panel * stride
+        lines, part = _ahead_of(stride, end - first)
+        ahead = here + stride
         for begin in range(first, end, MAX_ROWS):
-            multiply(
-                x, begin, min(MAX_ROWS, end - begin), base + panel * stride, steps,
-                out + panel * strip_stride + begin * row_stride, row_stride, add, ahead, lines,
-            )  # fmt: skip
+            place = out + panel * strip_stride + begin * row_stride
+            multiply(x, begin, min(MAX_ROWS, end - begin), here, steps, place, row_stride, add, ahead, lines)
             ahead += part
-        task = take_next(team, count, task)
-    meet(team, count)
+        task = take_next(team, tasks, task)
+    meet(team, tasks)
 
 
 @njit(cache=True, nogil=True)
 def gated(x, panels, layer, out, team):  # pragma: no cover
     """out [P / 2, T, 32] = silu(gate) * up; panels of gate and of up take turns."""
-    tokens, width, steps, threads = x.shape[1], panels.shape[1] // 2, panels.shape[2], team[1]
+    tokens, count, steps = x.shape[1], panels.shape[1] // 2, panels.shape[2]
     base, stride = panels.ctypes.data + layer * panels.strides[0], panels.strides[1]
     target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
     one, zeros = spread(np.float32(1.0)), spread(np.float32(0.0))
     gate, up = np.empty(MAX_ROWS * COLUMNS, np.float32), np.empty(MAX_ROWS * COLUMNS, np.float32)
     gates, ups = gate.ctypes.data, up.ctypes.data
-    count = columns_of(width, team)
-    task = take(team, count)
-    while task < threads * count:
-        panel, first, end = place_of(task, count, width, tokens, team)
-        parts = max(1, (end - first + MAX_ROWS - 1) // MAX_ROWS)
-        lines, part = (LINES + parts - 1) // parts, stride // parts // 64 * 64
+    tasks = tasks_of(count, team)
+    task = take(team, tasks)
+    while task < tasks:
+        panel, first, end = place_of(task, count, tokens, team)
         here = base + 2 * panel * stride
+        lines, part = _ahead_of(stride, end - first)
         ahead = here + 2 * stride
         for begin in range(first, end, MAX_ROWS):
             rows = min(MAX_ROWS, end - begin)
@@ -95,72 +99,64 @@ def gated(x, panels, layer, out, team):  # pragma: no cover
             for i in range(0, rows * COLUMNS, LANES):
                 g = read(gates + i * 4)
                 put(out, place + i * size, g / (one + exp(zeros - g)) * read(ups + i * 4))
-        task = take_next(team, count, task)
-    meet(team, count)
+        task = take_next(team, tasks, task)
+    meet(team, tasks)
 
 
 @njit(cache=True, nogil=True)
 def embed(token_ids, panels, hidden, team):  # pragma: no cover
     """hidden [H / 32, T, 32], float32: the columns `token_ids` of panels [1, P, steps, 32 * pair]."""
-    tokens, threads = len(token_ids), team[1]
+    tokens = len(token_ids)
     pair = panels.shape[3] // COLUMNS
     bits = hidden.view(np.uint32)
-    count, some = portions(tokens, team)
-    task = take(team, count)
-    while task < threads * count:
-        for t in range(*portion(task, count, some, tokens, team)):
-            panel, column = token_ids[t] // COLUMNS, token_ids[t] % COLUMNS * pair
-            for i in range(hidden.shape[0] * COLUMNS):
-                if pair == 2:
-                    bits[i // COLUMNS, t, i % COLUMNS] = np.uint32(panels[0, panel, i // 2, column + i % 2]) << np.uint32(16)
-                else:
-                    hidden[i // COLUMNS, t, i % COLUMNS] = panels[0, panel, i, column]
-        task = take_next(team, count, task)
-    meet(team, count)
+    t = take(team, tokens)
+    while t < tokens:
+        panel, column = token_ids[t] // COLUMNS, token_ids[t] % COLUMNS * pair
+        for i in range(hidden.shape[0] * COLUMNS):
+            if pair == 2:
+                bits[i // COLUMNS, t, i % COLUMNS] = np.uint32(panels[0, panel, i // 2, column + i % 2]) << np.uint32(16)
+            else:
+                hidden[i // COLUMNS, t, i % COLUMNS] = panels[0, panel, i, column]
+        t = take_next(team, tokens, t)
+    meet(team, tokens)
 
 
 @njit(cache=True, nogil=True)
 def pick_rows(hidden, rows, out, team):  # pragma: no cover
     """out [H / 32, N, 32] = the tokens `rows` of hidden."""
-    tokens, threads = len(rows), team[1]
-    count, some = portions(tokens, team)
-    task = take(team, count)
-    while task < threads * count:
-        for n in range(*portion(task, count, some, tokens, team)):
-            for strip in range(hidden.shape[0]):
-                for column in range(COLUMNS):
-                    out[strip, n, column] = hidden[strip, rows[n], column]
-        task = take_next(team, count, task)
-    meet(team, count)
+    tokens = len(rows)
+    n = take(team, tokens)
+    while n < tokens:
+        for strip in range(hidden.shape[0]):
+            for column in range(COLUMNS):
+                out[strip, n, column] = hidden[strip, rows[n], column]
+        n = take_next(team, tokens, n)
+    meet(team, tokens)
 
 
 @njit(cache=True, nogil=True)
 def copy_in(x, hidden, team):  # pragma: no cover
     """hidden [H / 32, T, 32] = float32 x [T, H]."""
-    tokens, threads = len(x), team[1]
-    count, some = portions(tokens, team)
-    task = take(team, count)
-    while task < threads * count:
-        for t in range(*portion(task, count, some, tokens, team)):
-            for i in range(x.shape[1]):
-                hidden[i // COLUMNS, t, i % COLUMNS] = x[t, i]
-        task = take_next(team, count, task)
-    meet(team, count)
+    tokens = len(x)
+    t = take(team, tokens)
+    while t < tokens:
+        for i in range(x.shape[1]):
+            hidden[i // COLUMNS, t, i % COLUMNS] = x[t, i]
+        t = take_next(team, tokens, t)
+    meet(team, tokens)
 
 
 @njit(cache=True, nogil=True)
 def copy_out(hidden, out, begin, team):  # pragma: no cover
     """The columns from `begin` on of float32 out [T, ...] = hidden [H / 32, T, 32]."""
-    tokens, threads = hidden.shape[1], team[1]
-    count, some = portions(tokens, team)
-    task = take(team, count)
-    while task < threads * count:
-        for t in range(*portion(task, count, some, tokens, team)):
-            for strip in range(hidden.shape[0]):
-                for column in range(COLUMNS):
-                    out[t, begin + strip * COLUMNS + column] = hidden[strip, t, column]
-        task = take_next(team, count, task)
-    meet(team, count)
+    tokens = hidden.shape[1]
+    t = take(team, tokens)
+    while t < tokens:
+        for strip in range(hidden.shape[0]):
+            for column in range(COLUMNS):
+                out[t, begin + strip * COLUMNS + column] = hidden[strip, t, column]
+        t = take_next(team, tokens, t)
+    meet(team, tokens)
 
 
 @njit(cache=True, nogil=True)
@@ -181,17 +177,14 @@ def norm(like, x, x_stride, weight, strips, epsilon, out, out_stride):  # pragma
 @njit(cache=True, nogil=True)
 def norm_all(hidden, weight, epsilon, out, team):  # pragma: no cover
     """out [H / 32, T, 32] = RMSNorm of each token of hidden, likewise."""
-    tokens, threads = hidden.shape[1], team[1]
-    strips, size = hidden.shape[0], out.itemsize
+    strips, tokens, size = hidden.shape[0], hidden.shape[1], out.itemsize
     x, w, target = hidden.ctypes.data, weight.ctypes.data, out.ctypes.data
-    count, some = portions(tokens, team)
-    task = take(team, count)
-    while task < threads * count:
-        for t in range(*portion(task, count, some, tokens, team)):
-            place = target + t * COLUMNS * size
-            norm(out, x + t * 128, hidden.strides[0], w, strips, epsilon, place, out.strides[0])
-        task = take_next(team, count, task)
-    meet(team, count)
+    t = take(team, tokens)
+    while t < tokens:
+        place = target + t * COLUMNS * size
+        norm(out, x + t * 128, hidden.strides[0], w, strips, epsilon, place, out.strides[0])
+        t = take_next(team, tokens, t)
+    meet(team, tokens)
 
 
 @njit(cache=True, nogil=True)
@@ -201,14 +194,9 @@ def pick_all(logits, stride, columns, inverse_temperatures, keys, out, team):  #
     A row whose inverse temperature is 0 goes by its logits alone. keys [N, 2]. The first of equals. Memory behind a row's
     last column is read up to a whole vector.
     """
-    threads = team[1]
-    count = (len(out) + threads - 1) // threads
     scores = np.empty(SEARCH, np.float32)
-    n = take(team, count)
-    while n < threads * count:
-        if n >= len(out):
-            n = take_next(team, count, n)
-            continue
+    n = take(team, len(out))
+    while n < len(out):
         row = logits + n * stride
         scale, low, high = inverse_temperatures[n], keys[n, 0], keys[n, 1]
         factor = spread(scale)
@@ -231,5 +219,5 @@ def pick_all(logits, stride, columns, inverse_temperatures, keys, out, team):  #
                     if value > best:
                         best, place = value, begin + i
         out[n] = place
-        n = take_next(team, count, n)
-    meet(team, count)
+        n = take_next(team, len(out), n)
+    meet(team, len(out))

@@ -74,9 +74,17 @@ class Scratch(NamedTuple):
     inner: Array
 
 
-class Places(NamedTuple):
-    """Where a batch's tokens are; see `spans.PackedSpans`."""
+class Cache(NamedTuple):
+    """Keys and values; see `paged_kernels`."""
 
+    keys: Array
+    values: Array
+
+
+class Places(NamedTuple):
+    """A batch's tokens, and where they are; see `spans.PackedSpans`."""
+
+    token_ids: Array
     positions: Array
     slots: Array
     tables: Array
@@ -103,7 +111,7 @@ def allocate_scratch(weights: LayerWeights, shape: Shape, tokens: int, kind: npt
 
 
 @njit(cache=True, nogil=True)
-def make_heads(layer, x, scratch, narrow, weights, shape, places, keys, values, team, ticks, since):  # pragma: no cover
+def make_heads(layer, x, scratch, narrow, weights, shape, places, cache, team, ticks, since):  # pragma: no cover
     """Stores a layer's keys and values of x [K / 32, T, 32], normed already.
 
     Returns its queries [kv_heads, T, groups, head_dim], and the time now; counts ticks by `PARTS` since `since`.
@@ -116,14 +124,14 @@ def make_heads(layer, x, scratch, narrow, weights, shape, places, keys, values, 
     now = lap(ticks, QKV, since)
     split_heads(
         layer, qkv, vectors.qkv_bias, vectors.query_norm, vectors.key_norm, np.float32(shape.epsilon), vectors.cosines,
-        vectors.sines, places.positions, places.slots, query, keys, values, later(team, 2),
+        vectors.sines, places.positions, places.slots, query, cache.keys, cache.values, later(team, 2),
     )  # fmt: skip
     return query, lap(ticks, SPLIT, now)
 
 
 @njit(cache=True, nogil=True)
 def finish_layer(  # pragma: no cover
-    layer, query, hidden, tiles, scratch, narrow, weights, shape, window, places, keys, values, team, ticks, since
+    layer, query, hidden, tiles, scratch, narrow, weights, shape, window, places, cache, team, ticks, since
 ):
     """Adds to hidden [H / 32, N, 32] what a layer makes of its queries.
 
@@ -136,7 +144,7 @@ def finish_layer(  # pragma: no cover
     inner = strips_of(scratch.inner, weights.gate_up.data.shape[1] // 2 * COLUMNS, tokens)
     target, strip, row = hidden.ctypes.data, hidden.strides[0], hidden.strides[1]
     attend(
-        layer, query, keys, values, tiles, places.tables, np.float32(shape.scaling), window, attended, team
+        layer, query, cache.keys, cache.values, tiles, places.tables, np.float32(shape.scaling), window, attended, team
     )  # fmt: skip
     now = lap(ticks, ATTEND, since)
     project(attended, narrow, weights.output, layer, target, strip, row, 1, later(team, 1))

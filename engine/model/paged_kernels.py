@@ -16,7 +16,7 @@ from numba import njit
 
 from tailserve.engine.model.kernels import norm, put
 from tailserve.engine.model.microkernel import LANES
-from tailserve.engine.model.team import meet, portion, portions, take, take_next
+from tailserve.engine.model.team import meet, take, take_next
 from tailserve.engine.model.tiles import COLUMNS, PAGE, score, weigh
 from tailserve.engine.model.vectors import exp, larger, peak, read, spread, total, write
 
@@ -55,44 +55,41 @@ def split_heads(  # pragma: no cover
     value_units = values.reshape(-1)
     head, stored = np.empty(head_dim, np.float32), np.empty(head_dim, keys.dtype)
     units, address, narrow = stored.view(np.uint32), head.ctypes.data, stored.ctypes.data
-    threads = team[1]
-    count, some = portions(tokens, team)
-    task = take(team, count)
-    while task < threads * count:
-        for t in range(*portion(task, count, some, tokens, team)):
-            block, page, lane = slots[t] // (pages * PAGE), slots[t] // PAGE % pages, slots[t] % PAGE
-            cosine, sine = cosine_base + positions[t] * angles, sine_base + positions[t] * angles
-            for h in range(kv_heads * (groups + 2)):
-                for i in range(0, head_dim, LANES):
-                    value = read(x + (h * strips + i // COLUMNS) * strip_stride + t * 128 + i % COLUMNS * 4)
-                    write(address + i * 4, value)
-                if bias.shape[1]:
-                    for i in range(head_dim):
-                        head[i] += bias[layer, h * head_dim + i]
-                if h < kv_heads * groups:
-                    if q_norm.shape[1]:
-                        norm(head, address, 128, q_scale, strips, epsilon, address, 128)
-                    place = target + ((h // groups * tokens + t) * groups + h % groups) * head_dim * size
-                    _rotate(query, address, head_dim, cosine, sine, rotary, place)
-                    continue
-                number = h - kv_heads * groups
-                own = ((layer * keys.shape[1] + block) * kv_heads + number % kv_heads) * pages + page
-                if number < kv_heads:
-                    if k_norm.shape[1]:
-                        norm(head, address, 128, k_scale, strips, epsilon, address, 128)
-                    _rotate(stored, address, head_dim, cosine, sine, rotary, narrow)
-                    place = own * (head_dim // pair) * PAGE + lane
-                    for step in range(len(units)):
-                        key_units[place + step * PAGE] = units[step]
-                    continue
-                for i in range(0, head_dim, LANES):
-                    put(stored, narrow + i * size, read(address + i * 4))
-                for strip in range(strips):
-                    place = ((own * strips + strip) * (PAGE // pair) + lane // pair) * COLUMNS * pair + lane % pair
-                    for d in range(COLUMNS):
-                        value_units[place + d * pair] = stored[strip * COLUMNS + d]
-        task = take_next(team, count, task)
-    meet(team, count)
+    t = take(team, tokens)
+    while t < tokens:
+        block, page, lane = slots[t] // (pages * PAGE), slots[t] // PAGE % pages, slots[t] % PAGE
+        cosine, sine = cosine_base + positions[t] * angles, sine_base + positions[t] * angles
+        for h in range(kv_heads * (groups + 2)):
+            for i in range(0, head_dim, LANES):
+                value = read(x + (h * strips + i // COLUMNS) * strip_stride + t * 128 + i % COLUMNS * 4)
+                write(address + i * 4, value)
+            if bias.shape[1]:
+                for i in range(head_dim):
+                    head[i] += bias[layer, h * head_dim + i]
+            if h < kv_heads * groups:
+                if q_norm.shape[1]:
+                    norm(head, address, 128, q_scale, strips, epsilon, address, 128)
+                place = target + ((h // groups * tokens + t) * groups + h % groups) * head_dim * size
+                _rotate(query, address, head_dim, cosine, sine, rotary, place)
+                continue
+            number = h - kv_heads * groups
+            own = ((layer * keys.shape[1] + block) * kv_heads + number % kv_heads) * pages + page
+            if number < kv_heads:
+                if k_norm.shape[1]:
+                    norm(head, address, 128, k_scale, strips, epsilon, address, 128)
+                _rotate(stored, address, head_dim, cosine, sine, rotary, narrow)
+                place = own * (head_dim // pair) * PAGE + lane
+                for step in range(len(units)):
+                    key_units[place + step * PAGE] = units[step]
+                continue
+            for i in range(0, head_dim, LANES):
+                put(stored, narrow + i * size, read(address + i * 4))
+            for strip in range(strips):
+                place = ((own * strips + strip) * (PAGE // pair) + lane // pair) * COLUMNS * pair + lane % pair
+                for d in range(COLUMNS):
+                    value_units[place + d * pair] = stored[strip * COLUMNS + d]
+        t = take_next(team, tokens, t)
+    meet(team, tokens)
 
 
 @njit(cache=True, nogil=True)
@@ -109,20 +106,10 @@ def attend(layer, query, keys, values, tiles_and_rows, tables, scaling, window, 
     query_base, query_stride, row_stride = query.ctypes.data, query.strides[1], query.strides[2]
     target, size, strip = out.ctypes.data, out.itemsize, out.strides[0]
     tiles, places = tiles_and_rows
-    tokens, shares = out.shape[1], team[1]
-    # A tile is of the share that its first row is of; no share has more of them than this.
-    bounds = np.zeros(shares + 1, np.int64)
-    for n in range(len(tiles)):
-        bounds[1 + (shares * (places[n] + 1) - 1) // tokens] += 1
-    most = bounds.max() * kv_heads
-    for share in range(shares):
-        bounds[share + 1] += bounds[share]
-    task = take(team, most)
-    while task < shares * most:
-        n, h = bounds[task // most] + task % most // kv_heads, task % kv_heads
-        if n >= bounds[task // most + 1]:
-            task = take_next(team, most, task)
-            continue
+    tasks = len(tiles) * kv_heads
+    task = take(team, tasks)
+    while task < tasks:
+        n, h = task // kv_heads, task % kv_heads
         sequence, begin, position = tiles[n, 0], tiles[n, 1], tiles[n, 3]
         rows = tiles[n, 2] * groups
         first = max(0, position - window + 1) // PAGE if window > 0 else 0
@@ -157,8 +144,8 @@ def attend(layer, query, keys, values, tiles_and_rows, tables, scaling, window, 
             for d in range(0, head_dim, LANES):
                 value = read(sum_base + (r * head_dim + d) * 4) * inverse
                 put(out, place + d // COLUMNS * strip + d % COLUMNS * size, value)
-        task = take_next(team, most, task)
-    meet(team, most)
+        task = take_next(team, tasks, task)
+    meet(team, tasks)
 
 
 @njit(cache=True, nogil=True)

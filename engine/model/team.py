@@ -24,9 +24,6 @@ OWN_ROWS = 24
 """Tokens for each thread from which on it keeps to tokens of its own, and reads all weights, rather than to some columns of
 all tokens: they stay in its caches, which another core's are far from; with fewer, memory would be what it waits for."""
 
-MANY = 32
-"""Tasks that are plenty for a team: tokens are taken in portions rather than in more of them."""
-
 _DONE = 1 << 32
 """The lower half of a line's number counts the tasks that were taken, the upper half those that are done."""
 
@@ -68,72 +65,63 @@ def later(team, kernels):  # pragma: no cover
 
 
 @njit(cache=True, nogil=True)
-def rows_of(tokens, share, shares):  # pragma: no cover
-    """A share's first token, and the first behind it."""
-    return tokens * share // shares, tokens * (share + 1) // shares
+def share_of(share, total, threads):  # pragma: no cover
+    """Of so many tasks, or rows, the first of a thread's own, and the first behind them."""
+    return total * share // threads, total * (share + 1) // threads
 
 
 @njit(cache=True, nogil=True)
-def columns_of(panels, team):  # pragma: no cover
-    """Tasks that each thread's share of a product with so many panels has."""
-    _, threads, by_rows, _ = team
-    return panels if by_rows else (panels + threads - 1) // threads
+def owner_of(task, total, threads):  # pragma: no cover
+    """The thread whose share a task is in."""
+    return (threads * (task + 1) - 1) // total
 
 
 @njit(cache=True, nogil=True)
-def place_of(task, count, panels, tokens, team):  # pragma: no cover
-    """The panel of one of these tasks, the first token of its rows, and the first behind them; no panel has no rows."""
+def tasks_of(panels, team):  # pragma: no cover
+    """Tasks of a product with so many panels."""
+    return panels * team[1] if team[2] else panels
+
+
+@njit(cache=True, nogil=True)
+def place_of(task, panels, tokens, team):  # pragma: no cover
+    """The panel of one of these tasks, its first row, and the first behind its rows."""
     _, threads, by_rows, _ = team
     if by_rows:
-        first, end = rows_of(tokens, task // count, threads)
-        return task % count, first, end
-    return task, 0, tokens if task < panels else 0
+        first, end = share_of(task // panels, tokens, threads)
+        return task % panels, first, end
+    return task, 0, tokens
 
 
 @njit(cache=True, nogil=True)
-def portions(tokens, team):  # pragma: no cover
-    """In how many portions of how many tokens a team takes those of each share."""
-    most = (tokens + team[1] - 1) // team[1]
-    some = 1 + most * team[1] // MANY
-    return (most + some - 1) // some, some
-
-
-@njit(cache=True, nogil=True)
-def portion(task, count, some, tokens, team):  # pragma: no cover
-    """The first token of a task that is one of `portions`, and the first behind it."""
-    first, end = rows_of(tokens, task // count, team[1])
-    begin = first + task % count * some
-    return min(begin, end), min(begin + some, end)
-
-
-@njit(cache=True, nogil=True)
-def take(team, count):  # pragma: no cover
-    """The number of the next task, of `count` in each share: of a thread's own share first, then of the others'.
-
-    The tasks of share s are s * count and on; what is no task's number means that none is left.
-    """
+def take(team, total):  # pragma: no cover
+    """The next of so many tasks, of a thread's own share first, then of the others'; `total` if none is left."""
     member, threads, _, lines = team
     for n in range(member, member + threads):
         share = n % threads
-        task = _raise(lines + share * LINE, 1) % _DONE
-        if task < count:
-            return share * count + task
-    return threads * count
+        first, end = share_of(share, total, threads)
+        task = first + _raise(lines + share * LINE, 1) % _DONE
+        if task < end:
+            return task
+    return total
 
 
 @njit(cache=True, nogil=True)
-def take_next(team, count, task):  # pragma: no cover
-    """Likewise, when `task` is done."""
-    _raise(team[3] + task // count * LINE, _DONE)
-    return take(team, count)
+def take_next(team, total, task):  # pragma: no cover
+    """Likewise, when `task` is done; of the same share while it lasts."""
+    _, threads, _, lines = team
+    share = owner_of(task, total, threads)
+    first, end = share_of(share, total, threads)
+    task = first + _raise(lines + share * LINE, _DONE + 1) % _DONE
+    return task if task < end else take(team, total)
 
 
 @njit(cache=True, nogil=True)
-def meet(team, count):  # pragma: no cover
+def meet(team, total):  # pragma: no cover
     """Returns when all tasks are done, and what they wrote is there to be read."""
     _, threads, _, lines = team
     for share in range(threads):
-        while _look(lines + share * LINE) // _DONE < count:
+        first, end = share_of(share, total, threads)
+        while _look(lines + share * LINE) // _DONE < end - first:
             pass
 
 
