@@ -25,6 +25,7 @@ from tailserve.engine.model.team import later, meet, place_of, take, take_next, 
 from tailserve.engine.model.tiles import COLUMNS
 from tailserve.engine.model.vectors import (
     exp,
+    hold,
     larger,
     magnitude,
     nearest,
@@ -186,6 +187,7 @@ def _linear(shape, narrow, panels, layer, out, strip_stride, row_stride, add, te
             )  # fmt: skip
             lines = 0
         task = take_next(team, tasks, task)
+    hold(sums)
     meet(team, tasks)
 
 
@@ -219,4 +221,7 @@ def _gated(shape, narrow, panels, layer, out, team):  # pragma: no cover
                 g = read(gate.ctypes.data + i * 4)
                 put(out, place + i * size, g / (one + exp(zeros - g)) * read(up.ctypes.data + i * 4))
         task = take_next(team, tasks, task)
+    hold(sums)
+    hold(gate)
+    hold(up)
     meet(team, tasks)

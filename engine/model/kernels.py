@@ -22,7 +22,7 @@ from tailserve.engine.model.microkernel import LANES
 from tailserve.engine.model.noise import log_exponential
 from tailserve.engine.model.team import meet, place_of, take, take_next, tasks_of
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, multiply
-from tailserve.engine.model.vectors import exp, fma, get, larger, peak, read, spread, total, write, write_narrow
+from tailserve.engine.model.vectors import exp, fma, get, hold, larger, peak, read, spread, total, write, write_narrow
 
 LINES = 32
 """Cache lines of a panel under 32 columns of bfloat16 activations, 16 of float32."""
@@ -100,6 +100,8 @@ def gated(x, panels, layer, out, team):  # pragma: no cover
                 g = read(gates + i * 4)
                 put(out, place + i * size, g / (one + exp(zeros - g)) * read(ups + i * 4))
         task = take_next(team, tasks, task)
+    hold(gate)
+    hold(up)
     meet(team, tasks)
 
 
@@ -220,4 +222,5 @@ def pick_all(logits, stride, columns, inverse_temperatures, keys, out, team):  #
                         best, place = value, begin + i
         out[n] = place
         n = take_next(team, len(out), n)
+    hold(scores)
     meet(team, len(out))

@@ -18,7 +18,7 @@ from tailserve.engine.model.kernels import norm, put
 from tailserve.engine.model.microkernel import LANES
 from tailserve.engine.model.team import meet, take, take_next
 from tailserve.engine.model.tiles import COLUMNS, PAGE, score, weigh
-from tailserve.engine.model.vectors import exp, larger, peak, read, spread, total, write
+from tailserve.engine.model.vectors import exp, hold, larger, peak, read, spread, total, write
 
 NOWHERE = np.float32(-1e30)
 """A score whose weight is 0."""
@@ -89,6 +89,8 @@ def split_heads(  # pragma: no cover
                 for d in range(COLUMNS):
                     value_units[place + d * pair] = stored[strip * COLUMNS + d]
         t = take_next(team, tokens, t)
+    hold(head)
+    hold(stored)
     meet(team, tokens)
 
 
@@ -144,6 +146,9 @@ def attend(layer, query, keys, values, tiles_and_rows, tables, scaling, window, 
             for d in range(0, head_dim, LANES):
                 value = read(sum_base + (r * head_dim + d) * 4) * inverse
                 put(out, place + d // COLUMNS * strip + d % COLUMNS * size, value)
+        hold(scores)
+        hold(weights)
+        hold(sums)
         task = take_next(team, tasks, task)
     meet(team, tasks)
 

@@ -45,6 +45,16 @@ def _all(kind: ir.VectorType, value: float) -> ir.Constant:
 
 
 @intrinsic
+def hold(context, array):
+    """Keeps a kernel's own array up to here. Numba frees an array behind its last use, and knows of none by address."""
+
+    def codegen(own, builder, signature, args):
+        return own.get_dummy_value()
+
+    return types.void(array), codegen
+
+
+@intrinsic
 def read(context, address):
     """16 float32."""
 
