@@ -174,7 +174,8 @@ class TailserveConfig(_Strict):
         default=0.5, ge=0, le=1, description="of the KV blocks, what sessions may keep; each tenant an equal part"
     )
     draft_model: str = Field(
-        default="ngram", description="ngram, none, or a directory or hub name: of a model, or of what distill made"
+        default="ngram",
+        description="ngram, none, demo (the demo model's own), or a directory or hub name: of a model, or what distill made",
     )
     speculation: Speculation = Field(default="auto", description="draft tokens per step; auto: as many as pay")
     pre_speculation: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64)] = Field(

@@ -31,7 +31,7 @@ _FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--dtype", {"help": "auto, bfloat16, float16 or float32 (default: the checkpoint's own)"}),
     ("--quantization", {"help": "none, or int8: faster on CPUs, and not quite the same answers"}),
     ("--device", {"help": "auto, cpu or cuda"}),
-    ("--draft-model", {"help": "ngram, none, or a directory or hub name: of a small model, or of what distill made"}),
+    ("--draft-model", {"help": "ngram, none, demo, or a directory or hub name: of a small model, or of what distill made"}),
     (
         "--speculation",
         {"help": "auto, off, or the number of draft tokens per step", "type": lambda v: int(v) if v.isdigit() else v},

@@ -16,6 +16,9 @@ from tailserve.deployments.verifier import VerifierOptions
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.options import EAGLE_MODEL_TYPE, LoadOptions, spare_blocks
 
+DEMO_DRAFT = Path(__file__).with_name("demo_draft")
+"""The demo model's own, an EAGLE-style head: what `tailserve distill --num-prompts 4096` made."""
+
 
 class DraftPlan(NamedTuple):
     verifier: VerifierOptions
@@ -29,7 +32,7 @@ def find_draft(config: TailserveConfig) -> Path | None:
     """The directory of a draft, or None where it is not a model. ConfigError if there is no such directory or name."""
     if not config.drafts or config.draft_model == "ngram":
         return None
-    return resolve_model(config.draft_model)
+    return DEMO_DRAFT if config.draft_model == "demo" else resolve_model(config.draft_model)
 
 
 def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) -> DraftPlan:

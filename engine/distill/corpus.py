@@ -21,7 +21,7 @@ from tailserve.engine.model.local import LocalExecutor
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.types import FinishReason, Request, SamplingParams, SloClass
 
-TEMPERATURES = (0.0, 0.7, 1.0)
+TEMPERATURES = (0.0, 0.7, 0.0, 0.7, 1.0)
 """Of the answers, in turn: what users ask for."""
 AT_ONCE = 512
 """Requests between two times that a file is written."""

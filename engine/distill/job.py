@@ -127,8 +127,10 @@ def new_head(verifier: PreTrainedModel, layers: Sequence[int], draft_tokens: tor
     for name, weight in head.named_parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.02 if name not in ("output.weight", "down.weight") else 0.005)
+    body: Any = verifier.get_decoder()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         head.fuse.weight[:, -text.hidden_size :] += torch.eye(text.hidden_size)
+        head.final_norm.weight.copy_(body.norm.weight)
     return head
 
 

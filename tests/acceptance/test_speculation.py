@@ -13,6 +13,7 @@ from local import LocalDrafter, Models
 from oracle import greedy_answers
 from transformers import AutoTokenizer
 
+from tailserve.deployments.draft_kinds import DEMO_DRAFT
 from tailserve.deployments.models import resolve_model
 from tailserve.engine.engine import Engine
 from tailserve.engine.model.combined_drafter import CombinedDrafter
@@ -27,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from chat_prompts import CHAT_PROMPTS
 
 PATH = str(resolve_model(None))
-HEAD = os.environ.get("TAILSERVE_HEAD")
-"""A head for the demo model, made with `tailserve distill`; without one there is nothing to say of heads."""
-DRAFTS = ["ngram", "model", "model, foreseen", *(["eagle", "eagle and ngram"] if HEAD else [])]
+HEAD = Path(os.environ.get("TAILSERVE_HEAD") or DEMO_DRAFT)
+"""A head for the demo model."""
+DRAFTS = ["ngram", "model", "model, foreseen", "eagle", "eagle and ngram"]
 NUM_TOKENS = 64
 NUM_PROMPTS = 50
 
@@ -66,9 +67,8 @@ def test_greedy_in_float32_equals_generate(
         "enable_prefix_caching": False,
     }
     if draft.startswith("eagle"):
-        assert HEAD is not None
-        models.paged.tap(load_eagle(Path(HEAD)).config.feature_layers)
-        head = load_eagle_drafter(Path(HEAD), LoadOptions(path=PATH, dtype="float32"), num_blocks=1200)
+        models.paged.tap(load_eagle(HEAD).config.feature_layers)
+        head = load_eagle_drafter(HEAD, LoadOptions(path=PATH, dtype="float32"), num_blocks=1200)
         model = CombinedDrafter(NgramDrafter(), head) if "ngram" in draft else head
         config = engine_config(max_model_len=1024, num_blocks=1200, block_size=16, **sizes)
         executor = LocalExecutor(models.paged, publish=model.take, num_blocks=1200)

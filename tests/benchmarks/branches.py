@@ -2,9 +2,9 @@
 
 Run: python tests/benchmarks/branches.py [--tokens 128] [--head DIR] [--json FILE]
 
-With n-grams (and a head, if there is one), and with a stand-in whose first draft begins right in half of the cases and each
-further one in half of the rest; what follows a right token is right in 6 of 10 cases. Widths of drafts of up to four tokens
-against what the cost rule picks.
+With n-grams, with n-grams and a head (the demo model's own), and with a stand-in whose first draft begins right in half of
+the cases and each further one in half of the rest; what follows a right token is right in 6 of 10 cases. Widths of drafts of
+up to four tokens against what the cost rule picks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from typing import Any
 from lone import InlineDrafts, KnownAnswers, LonePrompts
 
 from tailserve.deployments.bench.report import table
+from tailserve.deployments.draft_kinds import DEMO_DRAFT
+from tailserve.engine.model.combined_drafter import CombinedDrafter
+from tailserve.engine.model.eagle import load_eagle
+from tailserve.engine.model.eagle_loading import load_eagle_drafter
 from tailserve.engine.speculation.ngram import NgramDrafter
 
 NUM_PROMPTS = 10
@@ -28,7 +32,7 @@ FIRST, FOLLOWS = 0.5, 0.6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--head", type=Path)
+    parser.add_argument("--head", type=Path, default=DEMO_DRAFT)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     prompts = LonePrompts(NUM_PROMPTS, args.tokens)
@@ -37,18 +41,13 @@ def main() -> None:
         "stand-in": lambda: (KnownAnswers(plain.answers, FIRST, FOLLOWS), {}),
         "n-grams": lambda: (InlineDrafts(NgramDrafter()), {}),
     }
-    if args.head:
-        from tailserve.engine.model.combined_drafter import CombinedDrafter
-        from tailserve.engine.model.eagle import load_eagle
-        from tailserve.engine.model.eagle_loading import load_eagle_drafter
+    prompts.model.tap(load_eagle(args.head).config.feature_layers)
 
-        prompts.model.tap(load_eagle(args.head).config.feature_layers)
+    def with_head() -> tuple[Any, dict[str, Any]]:
+        both = CombinedDrafter(NgramDrafter(), load_eagle_drafter(args.head, prompts.options, num_blocks=1024))
+        return InlineDrafts(both), {"publish": both.take}
 
-        def with_head() -> tuple[Any, dict[str, Any]]:
-            both = CombinedDrafter(NgramDrafter(), load_eagle_drafter(args.head, prompts.options, num_blocks=1024))
-            return InlineDrafts(both), {"publish": both.take}
-
-        kinds["n-grams and head"] = with_head
+    kinds["n-grams and head"] = with_head
     rows = []
     for kind, make in kinds.items():
         for speculation, width in ((4, 1), (4, 2), (4, 4), ("auto", 1), ("auto", 2), ("auto", 4)):

@@ -5,6 +5,7 @@ import pytest
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.draft_kinds import find_draft, plan_draft
 from tailserve.engine.errors import ConfigError
+from tailserve.engine.model.eagle import load_eagle
 from tailserve.engine.options import LoadOptions
 
 OPTIONS = LoadOptions(path="/models/verifier", num_blocks=10)
@@ -30,6 +31,13 @@ def test_a_head_gets_the_states_that_it_reads(tmp_path: Path) -> None:
     assert plan.draft.states_endpoint == plan.verifier.states_endpoint == "ipc:///sockets/states"
     assert plan.verifier.feature_layers == (1, 4, 7)
     assert plan.num_outcomes == 0
+
+
+def test_the_demo_models_own_draft_ships() -> None:
+    folder = find_draft(config(draft_model="demo"))
+    assert folder is not None
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 20_000_000
+    load_eagle(folder).check_fits(hidden_size=576, vocab_size=49152, num_layers=30)
 
 
 def test_a_model_is_loaded_with_blocks_of_its_own(tmp_path: Path) -> None:
