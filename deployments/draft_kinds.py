@@ -29,10 +29,17 @@ class DraftPlan(NamedTuple):
 
 
 def find_draft(config: TailserveConfig) -> Path | None:
-    """The directory of a draft, or None where it is not a model. ConfigError if there is no such directory or name."""
+    """The directory of a draft, or None where it is not a model. ConfigError if there is none, or it is another model's."""
     if not config.drafts or config.draft_model == "ngram":
         return None
-    return DEMO_DRAFT if config.draft_model == "demo" else resolve_model(config.draft_model)
+    if config.draft_model != "demo":
+        return resolve_model(config.draft_model)
+    if config.model is not None:
+        raise ConfigError(
+            "demo is the demo model's own draft: serve that (no `model`), or make one for yours with `tailserve distill`",
+            param="draft_model",
+        )
+    return DEMO_DRAFT
 
 
 def plan_draft(config: TailserveConfig, options: LoadOptions, directory: str) -> DraftPlan:

@@ -127,19 +127,22 @@ def new_head(verifier: PreTrainedModel, layers: Sequence[int], draft_tokens: tor
     for name, weight in head.named_parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.02 if name not in ("output.weight", "down.weight") else 0.005)
-    body: Any = verifier.get_decoder()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         head.fuse.weight[:, -text.hidden_size :] += torch.eye(text.hidden_size)
-        head.final_norm.weight.copy_(body.norm.weight)
+        head.final_norm.weight.copy_(_final_norm(verifier).weight)
     return head
 
 
 def borrow(verifier: PreTrainedModel, head: EagleHead) -> tuple[Frozen, torch.Tensor]:
     """What a head uses of the verifier; and the verifier's whole head [vocab, C]."""
-    body: Any = verifier.get_decoder()  # type: ignore[no-untyped-call]
     lm_head: Any = verifier.get_output_embeddings()  # type: ignore[no-untyped-call]
     if getattr(lm_head, "bias", None) is not None:
         raise UnsupportedModelError("the model's head has a bias, which drafts do not know")
     weight: torch.Tensor = lm_head.weight
     embedding: torch.Tensor = verifier.get_input_embeddings().weight  # type: ignore[assignment]
-    return Frozen(embedding, weight[head.draft_tokens], body.norm), weight
+    return Frozen(embedding, weight[head.draft_tokens], _final_norm(verifier)), weight
+
+
+def _final_norm(verifier: PreTrainedModel) -> Any:
+    body: Any = verifier.get_decoder()  # type: ignore[no-untyped-call]
+    return body.norm

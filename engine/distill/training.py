@@ -52,15 +52,13 @@ def train(
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(groups))) for optimizer in optimizers
     ]
     checkpoint = folder / "checkpoint.pt"
-    parts: dict[str, Any] = {"head": head}
-    parts |= {f"optimizer{n}": optimizer for n, optimizer in enumerate(optimizers)}
-    parts |= {f"schedule{n}": schedule for n, schedule in enumerate(schedules)}
+    parts: list[Any] = [head, *optimizers, *schedules]
     done = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        done = saved.pop("step")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        done = saved["step"]
+        for part, state in zip(parts, saved["parts"], strict=True):
+            part.load_state_dict(state)
     mean = math.nan
     with tqdm(total=len(groups), initial=done, desc="training", unit="step") as bar:
         for step in range(done, len(groups)):
@@ -76,8 +74,8 @@ def train(
             bar.update()
             bar.set_postfix(loss=f"{mean:.3f}")
             if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == len(groups):
-                state = {name: part.state_dict() for name, part in parts.items()}
-                torch.save({"step": step + 1, **state}, checkpoint.with_suffix(".new"))
+                saved = {"step": step + 1, "parts": [part.state_dict() for part in parts]}
+                torch.save(saved, checkpoint.with_suffix(".new"))
                 checkpoint.with_suffix(".new").rename(checkpoint)
 
 

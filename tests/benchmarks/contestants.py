@@ -122,12 +122,15 @@ def _wait_until_ready(contestant: Contestant) -> None:
 
 @contextmanager
 def tailserve(logs: Path, *flags: str, environment: Mapping[str, str] | None = None) -> Iterator[Contestant]:
-    """The demo model on this checkout, as `tailserve serve` starts it."""
+    """The demo model on this checkout, as `tailserve serve` starts it. SystemExit if its verifier died meanwhile."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("tailserve")), "serve", "--port", str(port), *flags]
     url = f"http://127.0.0.1:{port}"
-    with _started("tailserve", command, url, "/ready", environment or {}, logs / "tailserve.log") as contestant:
+    log = logs / "tailserve.log"
+    with _started("tailserve", command, url, "/ready", environment or {}, log) as contestant:
         yield contestant
+    if "the verifier is lost" in log.read_text(errors="replace"):
+        raise SystemExit(f"the verifier had to be restarted while it was measured, so no figure counts: see {log}")
 
 
 @contextmanager

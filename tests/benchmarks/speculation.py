@@ -58,6 +58,7 @@ async def single(url: str, args: argparse.Namespace) -> dict[str, Any]:
         for prompt in prompts[:4]:
             for mode in MODES:
                 await ask(client, prompt, mode, temperature=0, seed=0, max_tokens=64)
+        result: dict[str, Any] = {}
         for turn in range(args.alternations):
             for number, prompt in enumerate(prompts):
                 for mode in MODES if (turn + number) % 2 == 0 else reversed(MODES):
@@ -65,7 +66,9 @@ async def single(url: str, args: argparse.Namespace) -> dict[str, Any]:
                         client, prompt, mode, temperature=args.temperature, seed=number, max_tokens=args.max_tokens
                     )
                     samples[mode][number].append(sample)
-    return judge_pairs(samples)
+            print(f"after turn {turn + 1}:", flush=True)
+            result = judge_pairs(samples)
+    return result
 
 
 def judge_pairs(samples: dict[str, list[list[Sample]]]) -> dict[str, Any]:

@@ -34,10 +34,15 @@ def test_a_head_gets_the_states_that_it_reads(tmp_path: Path) -> None:
 
 
 def test_the_demo_models_own_draft_ships() -> None:
-    folder = find_draft(config(draft_model="demo"))
+    folder = find_draft(config(model=None, draft_model="demo"))
     assert folder is not None
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 20_000_000
     load_eagle(folder).check_fits(hidden_size=576, vocab_size=49152, num_layers=30)
+
+
+def test_no_other_model_gets_it() -> None:
+    with pytest.raises(ConfigError, match="tailserve distill"):
+        find_draft(config(draft_model="demo"))
 
 
 def test_a_model_is_loaded_with_blocks_of_its_own(tmp_path: Path) -> None:
