@@ -30,6 +30,9 @@ Outgoing = TypeVar("Outgoing")
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 30.0
+OPENMP_SPINS = "20000"
+"""Rounds, about half a millisecond, that OpenMP's threads spin behind their work: from one operation to the next, or one
+step. Left to itself GNU's spins for up to ten milliseconds, on cores that the draft, the router and the ingress wait for."""
 
 
 class ModelActor(Generic[Options, Info]):
@@ -52,6 +55,8 @@ class ModelActor(Generic[Options, Info]):
         raise NotImplementedError
 
     def load(self, options: Options) -> Info:
+        # OpenMP reads it as it is loaded: with torch, which no process has at this point.
+        os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
         info, self._answer = self._thread.submit(self.prepare, options).result()
         keep_collector_out_of_steps()
         return info

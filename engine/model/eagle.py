@@ -80,9 +80,7 @@ class EagleHead(nn.Module):
 
     def states(self, features: torch.Tensor) -> torch.Tensor:
         """One state [..., C] for each token's hidden states [..., F * C], each layer's brought to the same scale first."""
-        parts = features.view(*features.shape[:-1], -1, self.config.hidden_size).float()
-        parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
-        fused: torch.Tensor = self.fuse(parts.flatten(-2).to(self.token_norm.weight.dtype))
+        fused: torch.Tensor = self.fuse(level(features, self.config).to(self.token_norm.weight.dtype))
         return fused
 
     def project(
@@ -120,6 +118,12 @@ class EagleHead(nn.Module):
         tensors = {name: t.bfloat16() if t.is_floating_point() else t for name, t in self.state_dict().items()}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(self.config), indent=2) + b"\n")
+
+
+def level(features: torch.Tensor, config: EagleConfig) -> torch.Tensor:
+    """A token's hidden states [..., F * C], each layer's at the same scale, in float32."""
+    parts = features.view(*features.shape[:-1], -1, config.hidden_size).float()
+    return (parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + config.rms_norm_eps)).flatten(-2)
 
 
 def load_eagle(folder: Path) -> EagleHead:

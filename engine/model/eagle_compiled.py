@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
+from torch import nn
 
 from tailserve.engine.model.decoder_weights import interleave, make_panels
-from tailserve.engine.model.eagle import EagleConfig, EagleHead
+from tailserve.engine.model.eagle import EagleConfig, EagleHead, level
 from tailserve.engine.model.eagle_step import run
 from tailserve.engine.model.int8 import Panels
 from tailserve.engine.model.layer import (
@@ -26,6 +27,7 @@ from tailserve.engine.model.layer import (
     Shape,
     allocate_scratch,
 )
+from tailserve.engine.model.linear import prepack
 from tailserve.engine.model.memory import aligned, untouched_zeros
 from tailserve.engine.model.panels import panel_shapes
 from tailserve.engine.model.spans import Span, pack, wanted_tiles
@@ -68,7 +70,9 @@ class CompiledHead:
         dtype = embedding.dtype
         pair = 2 if dtype == torch.bfloat16 else 1
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._head, self._embedding, self._window, self._num_threads = head, embedding, window, num_threads
+        self._config, self._embedding, self._window, self._num_threads = config, embedding, window, num_threads
+        self._fuse = nn.Sequential(head.fuse.to(dtype))
+        prepack(self._fuse)
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self._shape = Shape(heads, kv_heads, head_dim, head_dim**-0.5, config.rms_norm_eps)
         self._tile_width = max(1, MAX_ROWS // (heads // kv_heads))
@@ -119,7 +123,8 @@ class CompiledHead:
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """See `HeadModel.fuse`."""
-        return self._head.states(features).float()
+        fused: torch.Tensor = self._fuse(level(features, self._config).to(self._embedding.dtype))
+        return fused.float()
 
     def copy_block(self, source: int, target: int) -> None:
         """See `HeadModel.copy_block`."""

@@ -29,6 +29,8 @@ WINDOW = 512
 EAGER_TOKENS = 16
 """So many tokens of one row, those of a prompt, are read as they come; fewer wait until a draft is asked for."""
 KIND = "eagle"
+LEAST_BESIDE = 0.05
+"""Likelihood of a first token beside the first draft's: it takes no step of the head, but two places in the verifier's."""
 
 
 class HeadModel(Protocol):
@@ -80,6 +82,10 @@ class Chain(Proposal):
         """Blocks of a branch, which shares its row's full ones."""
         self.place = 0
         """Its place among the states of the last step that it was part of."""
+
+    def goes_on(self) -> bool:
+        """See `Proposal.goes_on`; a branch costs a token more than it has."""
+        return super().goes_on() and (not self.beside or self.survival >= 2 * self.row.least)
 
     def next_span(self) -> Span:
         return Span(self.token_ids[-1:], self.cached.num_cached + len(self.token_ids) - 1, self.block_ids, 1)
@@ -145,8 +151,7 @@ class EagleDrafter:
         for found, own in zip(chains.values(), logits, strict=True):
             asked = found[0].row
             for column, confidence in runners_up(own, asked.width - 1) if asked.width > 1 else ():
-                # A branch costs a token more than it has.
-                if confidence >= 2 * asked.least:
+                if confidence >= min(LEAST_BESIDE, 2 * asked.least):
                     found.append(self._beside(found[0], column, confidence))
         return chains
 

@@ -42,6 +42,10 @@ def load_eagle_drafter(folder: Path, verifier: LoadOptions, *, num_blocks: int) 
     )
     # The first step reads compiled code from disk, which a request's first draft should not wait for.
     model.step([Span([0], 0, [0], 1)], model.fuse(torch.zeros(1, head.fuse.in_features, device=device)))
+    if isinstance(model, CompiledHead):
+        # Behind that step, with which Numba sets the threads of all OpenMP to those of the machine. Two would wait for each
+        # other in every small operation between steps, and spin on the verifier's cores behind it.
+        torch.set_num_threads(1)
     return EagleDrafter(model, head.draft_tokens.tolist())
 
 
@@ -64,7 +68,6 @@ def make_head_model(
         kind = str(embedding.dtype).removeprefix("torch.")
         subprocess.Popen([sys.executable, "-m", "tailserve.engine.model.compiled", kind, "head"])
     elif compiles:
-        torch.set_num_threads(1)
         return CompiledHead(
             head,
             embedding,

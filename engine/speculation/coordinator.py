@@ -80,8 +80,9 @@ class DraftCoordinator:
 
     def wants_states(self, running: List[Sequence]) -> bool:
         """Whether the draft is to get hidden states: a gap costs a head what it knows of a sequence, so while drafting rests
-        they go on as long as they are few."""
-        return len(running) <= FEW or self.wanted(running)
+        they go on as long as they are few. The first to come may want drafts."""
+        drafted = not running or any(draft_limit(seq.slo.speculation) for seq in running)
+        return drafted and (len(running) <= FEW or self.wanted(running))
 
     def start(self, step: int, running: List[Sequence], *, states: bool = False) -> None:
         """Asks for drafts for the sequences that generate, where they pay. `states`: see `DraftWork`."""

@@ -1,4 +1,5 @@
 from fakes import NORMAL, InlineDrafter, make_request
+from msgspec.structs import replace
 
 from tailserve.engine.cost import StepTimes
 from tailserve.engine.sequence import Key, Sequence
@@ -49,6 +50,15 @@ def test_only_new_tokens_are_sent() -> None:
     rows = [[(row.keep, row.token_ids) for row in work.rows] for work in drafter.sent]
     assert rows == [[(0, [1, 2, 3])], [(3, [4])], []]
     assert drafter.sent[-1].leaves == [1]
+
+
+def test_states_go_only_where_somebody_may_draft() -> None:
+    coordinator, _, _ = make()
+    plain, drafted = running(1, [1, 2, 3]), running(2, [1, 2, 3])
+    plain.slo = replace(plain.slo, speculation="off")
+    assert coordinator.wants_states([])
+    assert coordinator.wants_states([plain, drafted])
+    assert not coordinator.wants_states([plain])
 
 
 def test_prompts_being_read_get_no_drafts() -> None:

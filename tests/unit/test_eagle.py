@@ -21,7 +21,7 @@ from tailserve.engine.model.avx512 import HAS_INT8_DOT
 from tailserve.engine.model.combined_drafter import CombinedDrafter
 from tailserve.engine.model.eagle import EagleConfig, EagleHead, load_eagle
 from tailserve.engine.model.eagle_compiled import CompiledHead
-from tailserve.engine.model.eagle_drafter import EagleDrafter
+from tailserve.engine.model.eagle_drafter import LEAST_BESIDE, EagleDrafter
 from tailserve.engine.model.eagle_loading import borrowed_weights, load_eagle_drafter, make_head_model
 from tailserve.engine.model.eagle_torch import TorchHead
 from tailserve.engine.model.loading import load_model
@@ -29,7 +29,7 @@ from tailserve.engine.model.local import LocalExecutor
 from tailserve.engine.model.reference import ReferenceBackend
 from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
-from tailserve.engine.speculation.drafter import DraftRow, DraftWork, RowStates, StateMessage
+from tailserve.engine.speculation.drafter import Draft, DraftRow, DraftWork, RowStates, StateMessage
 from tailserve.engine.speculation.ngram import NgramDrafter
 
 LAYERS = (0, 2)
@@ -246,6 +246,25 @@ def test_a_branch_drafts_what_its_first_token_leads_to(tiny_llama: str, head: Ea
         chain.draft.token_ids[:], chain.columns[:] = [other.token_ids[0]], [column]
         alone.go_on([chain])
         assert chain.token_ids == other.token_ids
+
+
+def test_an_unlikely_branch_is_one_token_that_takes_no_step(tiny_llama: str, head: EagleHead) -> None:
+    head.final_norm.weight.data *= 5  # so that it is sure of something
+    features = torch.randn(5, len(LAYERS) * TINY["hidden_size"], generator=torch.Generator().manual_seed(0))
+
+    def branches(least: float) -> list[Draft]:
+        rows = drafter(head, tiny_llama)
+        rows.take(message(0, 1, 0, [1, 2, 3, 4, 5], features))
+        asked = DraftRow(1, 0, list(range(6)), 4, width=2, least=least)
+        return rows.run(DraftWork(0, 0, [asked], [])).drafts[1].others
+
+    (likely,) = branches(0.0)
+    chance = likely.confidences[0]
+    assert chance > LEAST_BESIDE
+    assert len(likely.token_ids) == 4
+    (single,) = branches(0.55 * chance)
+    assert single.token_ids == likely.token_ids[:1]
+    assert len(branches(0.45 * chance)[0].token_ids) > 1
 
 
 def test_a_head_is_read_back_and_refused_where_it_does_not_fit(tiny_llama: str, head: EagleHead, tmp_path: Path) -> None:
