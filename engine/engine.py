@@ -202,13 +202,13 @@ class Engine:
         running = self.scheduler.residency.running
         drafts = self.drafts.collect(running) if self.drafts else {}
         wanted = self.drafts is not None and self.drafts.wanted(running)
-        states = self.drafts is not None and self.drafts.wants_states(running)
         now = self._clock()
         start = now if self._ends is None else max(self._ends, now)
-        batch = self.scheduler.schedule(now, drafts, states=states, start=start)
+        batch = self.scheduler.schedule(now, drafts, start=start)
         # Without anything to put behind it, the step that runs is waited for.
         self._due = math.inf
         if batch is not None:
+            batch = self.drafts.with_states(batch, running) if self.drafts else batch
             self._executor.submit(batch)
             self.stats.drafted_steps += bool(batch.drafts)
             only_generates = bool(batch.rows) and all(batch.samples) and all(length == 1 for length in batch.lengths)
@@ -220,7 +220,7 @@ class Engine:
                     len(batch.rows),
                     only_generates and not batch.moves,
                     wanted,
-                    states,
+                    batch.states,
                     bool(batch.drafts),
                     len(batch.moves),
                 )

@@ -108,11 +108,9 @@ class Scheduler:
         ended, self._ended = self._ended, []
         return ended
 
-    def schedule(
-        self, now: float, drafts: Mapping[int, Draft], *, states: bool = False, start: float | None = None
-    ) -> Batch | None:
+    def schedule(self, now: float, drafts: Mapping[int, Draft], *, start: float | None = None) -> Batch | None:
         """The next batch, or None if there is nothing to do. `drafts` by row; those that no longer fit are dropped.
-        `states`: see `Batch`. `start`: when it will begin, if not at once.
+        `start`: when it will begin, if not at once.
 
         Steps under way count as done, so the next can wait behind them at the verifier. Not so behind a step with drafts:
         how many of them hold is not known before it is committed.
@@ -126,7 +124,7 @@ class Scheduler:
         work, new_blocks, plan = self._composition.compose(now, now if start is None else start)
         # Drafts come last: they must not take the block or the token that somebody needs.
         self._selection.add(work, drafts, plan.count_drafts, self.residency, new_blocks)
-        return self._pack(work, new_blocks, states, now)
+        return self._pack(work, new_blocks, now)
 
     def commit(self, result: StepResult, now: float) -> list[TokenChunk]:
         """Advances the sequences of a step; the only place where that happens. Returns what clients are to get."""
@@ -251,7 +249,7 @@ class Scheduler:
         self.stats.finished[stop.reason] = self.stats.finished.get(stop.reason, 0) + 1
         return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error, seq.timeline())
 
-    def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]], states: bool, now: float) -> Batch | None:
+    def _pack(self, work: list[Scheduled], new_blocks: dict[int, list[int]], now: float) -> Batch | None:
         if not work and not self.residency.leaves and not new_blocks:
             return None
         joins, self.residency.joins = self.residency.joins, []
@@ -276,6 +274,5 @@ class Scheduler:
             new_blocks=new_blocks,
             joins=joins,
             leaves=leaves,
-            states=states,
             moves=self.residency.host.take_moves(),
         )

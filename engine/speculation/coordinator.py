@@ -13,6 +13,7 @@ from tailserve.engine.speculation.drafter import Draft, Drafter, DraftResult, Dr
 from tailserve.engine.speculation.foresight import Foresight, fan_out
 from tailserve.engine.speculation.policy import FEW, DraftPolicy
 from tailserve.engine.stats import EngineStats
+from tailserve.engine.types import Batch
 
 MAX_REST_LOG2 = 8
 AUTO_TOKENS = 8
@@ -78,11 +79,11 @@ class DraftCoordinator:
             return True
         return "auto" in speculations and self._policy.pays(len(running))
 
-    def wants_states(self, running: List[Sequence]) -> bool:
-        """Whether the draft is to get hidden states: a gap costs a head what it knows of a sequence, so while drafting rests
-        they go on as long as they are few. The first to come may want drafts."""
-        drafted = not running or any(draft_limit(seq.slo.speculation) for seq in running)
-        return drafted and (len(running) <= FEW or self.wanted(running))
+    def with_states(self, batch: Batch, running: List[Sequence]) -> Batch:
+        """The batch, so that the draft gets hidden states of it where any of the sequences may have drafts: a gap costs a
+        head what it knows of a sequence, so while drafting rests they go on as long as they are few."""
+        may = any(draft_limit(seq.slo.speculation) for seq in running) and (len(running) <= FEW or self.wanted(running))
+        return msgspec.structs.replace(batch, states=True) if may else batch
 
     def start(self, step: int, running: List[Sequence], *, states: bool = False) -> None:
         """Asks for drafts for the sequences that generate, where they pay. `states`: see `DraftWork`."""

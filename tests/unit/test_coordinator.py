@@ -1,7 +1,8 @@
-from fakes import NORMAL, InlineDrafter, make_request
+from fakes import NORMAL, FakeExecutor, InlineDrafter, engine_config, make_request, run_to_end
 from msgspec.structs import replace
 
 from tailserve.engine.cost import StepTimes
+from tailserve.engine.engine import Engine
 from tailserve.engine.sequence import Key, Sequence
 from tailserve.engine.speculation.coordinator import DraftCoordinator
 from tailserve.engine.speculation.drafter import DraftResult, DraftWork
@@ -53,12 +54,19 @@ def test_only_new_tokens_are_sent() -> None:
 
 
 def test_states_go_only_where_somebody_may_draft() -> None:
-    coordinator, _, _ = make()
-    plain, drafted = running(1, [1, 2, 3]), running(2, [1, 2, 3])
-    plain.slo = replace(plain.slo, speculation="off")
-    assert coordinator.wants_states([])
-    assert coordinator.wants_states([plain, drafted])
-    assert not coordinator.wants_states([plain])
+    """From the first chunk of a prompt on, whoever ran before."""
+    config = engine_config(classes=(NORMAL, replace(NORMAL, name="plain", speculation="off")))
+    executor = FakeExecutor(config)
+    engine = Engine(config, executor, InlineDrafter())
+    engine.add(make_request([1, 2, 3], id="plain", slo_class="plain", max_tokens=40))
+    for _ in range(8):
+        engine.step()
+    assert not any(batch.states for batch in executor.batches)
+    engine.add(make_request([4, 5, 6], id="drafted", max_tokens=4))
+    run_to_end(engine)
+    engine.add(make_request([7, 8, 9], id="first", max_tokens=4))
+    run_to_end(engine)
+    assert [batch.states for batch in executor.batches if batch.joins] == [False, True, True]
 
 
 def test_prompts_being_read_get_no_drafts() -> None:
