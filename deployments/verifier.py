@@ -63,7 +63,7 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
         if options.feature_layers and options.load.rank == 0:
             model.tap(options.feature_layers)
             publish = Outlet[StateMessage](options.states_endpoint).send
-        info = replace(info, step_profile=profile_steps(model))
+        info = replace(info, step_profile=profile_steps(model, info.max_model_len))
         runner = ModelRunner(
             model,
             publish,

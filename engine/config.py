@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from tailserve.engine.errors import ConfigError
-from tailserve.engine.types import SloClass
+from tailserve.engine.types import ProfiledStep, SloClass
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,8 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """For how long a session's blocks are kept after an answer, at most."""
     session_share: float = 0.5
     """Of the blocks, how many all sessions together may keep; each tenant an equal part of them, and of the second tier."""
-    step_profile: tuple[tuple[int, float], ...] = ()
-    """Tokens and seconds of steps, as measured before there was traffic."""
+    step_profile: tuple[ProfiledStep, ...] = ()
+    """Steps that were measured before there was traffic."""
     sampled_drafts: bool = False
     """Above temperature 0, drafts are drawn by chance instead of taking the most likely tokens: more of them are accepted,
     but the answer to a seed then depends on the draft."""

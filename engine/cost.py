@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tailserve.engine.types import Batch
+from tailserve.engine.types import Batch, ProfiledStep
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Tokens of a step whose times are kept; what lies between is interpolated, and what lies beyond is on the last line."""
@@ -19,6 +19,8 @@ NOISE = 0.06
 """Of a step's time, from one to the next of the same content (standard deviation)."""
 DRIFT_ALL, DRIFT_EACH = 0.01, 0.004
 """By how much all times change together, and each for itself, from step to step: a busier machine slows all of them down."""
+DOUBT_ALL, DOUBT_EACH, DOUBT_RATE = 0.2, 0.05, 0.3
+"""By how much all profiled times may be off together, each for itself, and what logits and context cost for themselves."""
 MOVE_WEIGHT = 0.2
 """Of the newest step with moves in the mean time of one."""
 REMEMBERED = 512
@@ -32,20 +34,24 @@ class StepTimes:
     A Kalman filter over these numbers (Kalman, 1960): what is measured moves what it depends on, by how uncertain it is.
     """
 
-    def __init__(self, profile: Sequence[tuple[int, float]] = ()) -> None:
-        """`profile`: tokens and seconds of steps of single tokens at a context of `CONTEXT`, measured before there was
-        traffic; may be empty."""
+    def __init__(self, profile: Sequence[ProfiledStep | tuple[int, float]] = ()) -> None:
+        """`profile`: steps of single tokens at a context of `CONTEXT`, and, for what logits and context cost, others; may be
+        empty."""
         self._known = False
         self.move_s = 0.0
         """For each block that is moved between the tiers of KV blocks."""
         self._excess = 0
         self._ratios: deque[float] = deque(maxlen=REMEMBERED)
-        if profile:
-            tokens, seconds = (list(values) for values in zip(*sorted(profile), strict=True))
+        steps = [ProfiledStep(*step) for step in profile]
+        if plain := sorted(step[:2] for step in steps if not step.unsampled and not step.excess):
+            tokens, seconds = (list(values) for values in zip(*plain, strict=True))
             slope = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2]) if len(tokens) > 1 else 0.0
             beyond = [seconds[-1] + max(slope, 0.0) * (size - tokens[-1]) for size in SIZES]
             times = np.where(np.array(SIZES) <= tokens[-1], np.interp(SIZES, tokens, seconds), beyond)
-            self._begin(times, doubt=0.05)
+            more = [(step, step.seconds - float(np.interp(step.num_tokens, SIZES, times))) for step in steps]
+            saved = [-extra / step.unsampled for step, extra in more if step.unsampled]
+            read = [extra / step.excess for step, extra in more if step.excess]
+            self._begin(times, max([0.0, *saved]), max([0.0, *read]), doubt=DOUBT_EACH)
 
     def predict(self, num_tokens: int, *, unsampled: int = 0, excess: int | None = None) -> float | None:
         """Seconds of a step of `num_tokens`, or None before anything is known.
@@ -74,7 +80,7 @@ class StepTimes:
         weights[low : low + 2] = 1 - share, share
         weights[-2:] = -unsampled, excess
         heights = self._state[:-2]
-        self._doubt[:-2, :-2] += DRIFT_ALL**2 * np.outer(heights, heights)
+        self._doubt += DRIFT_ALL**2 * np.outer(self._state, self._state)
         self._doubt[np.diag_indices(len(self._state))] += np.append((DRIFT_EACH * heights) ** 2, self._drift)
         reach = self._doubt @ weights
         gain = reach / (weights @ reach + (NOISE * expected) ** 2)
@@ -95,14 +101,16 @@ class StepTimes:
         errors = np.abs(np.array(self._ratios or [1.0]) - 1)
         return float(np.median(errors)), float(np.percentile(errors, 99))
 
-    def _begin(self, times: np.ndarray, *, doubt: float) -> None:
-        """`doubt`: of each time by itself, as a share of it; all of them together may be off by a fifth."""
-        self._state = np.append(times, [0.0, 0.0])
-        self._doubt = np.zeros((len(self._state), len(self._state)))
-        self._doubt[:-2, :-2] = 0.2**2 * np.outer(times, times)
+    def _begin(self, times: np.ndarray, saved: float = 0.0, read: float = 0.0, *, doubt: float) -> None:
+        """`saved` and `read`: what a token's logits and its context cost, 0 if that is not known. `doubt`: of each time by
+        itself, as a share of it."""
+        self._state = np.append(times, [saved, read])
         slope = max(times[-1] - times[0], times[0]) / SIZES[-1]
-        # Logits are a good part of a token's time at most; and a context of some thousands doubles a step's.
-        own = np.append(doubt * times, [0.3 * slope, 2e-4 * times[0]])
+        # Logits are a good part of a token's time at most; and a context of some thousands doubles a step's. Where both are
+        # known traffic tells little of them: as long as all steps have as much of both, only their sum shows.
+        rates = [DOUBT_RATE * saved or 0.3 * slope, DOUBT_RATE * read or 2e-4 * times[0]]
+        own = np.append(doubt * times, rates)
+        self._doubt = DOUBT_ALL**2 * np.outer(self._state, self._state)
         self._doubt[np.diag_indices(len(own))] += own**2
         self._drift = (DRIFT_EACH * own[-2:]) ** 2
         self._known = True

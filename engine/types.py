@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -230,6 +230,17 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What of it the moves of blocks took."""
 
 
+class ProfiledStep(NamedTuple):
+    """A step that was measured before there was traffic."""
+
+    num_tokens: int
+    seconds: float
+    unsampled: int = 0
+    """Those of its tokens whose logits were not wanted."""
+    excess: int = 0
+    """Tokens of context that it read, beyond `cost.CONTEXT` a sequence."""
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the verifier reports about the model it has loaded. The scheduler lays out its blocks by it."""
 
@@ -243,5 +254,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     attention_backend: str
     device: str
     """cpu or cuda."""
-    step_profile: tuple[tuple[int, float], ...] = ()
-    """Tokens and seconds of steps that were measured after loading."""
+    step_profile: tuple[ProfiledStep, ...] = ()
+    """Steps that were measured after loading."""

@@ -46,8 +46,8 @@ def measure_costs(verifier: LoadOptions, folder: Path, depth: int) -> Costs:
     """Times the verifier and the draft in `folder`, alone on the machine."""
     if can_compile_head(load_eagle(folder), torch.bfloat16, verifier.block_size):
         fill_head_cache(torch.bfloat16)
-    model, _ = load_model(msgspec.structs.replace(verifier, num_blocks=NUM_BLOCKS, max_model_len=NUM_BLOCKS * 16))
-    times = StepTimes(profile_steps(model))
+    model, info = load_model(msgspec.structs.replace(verifier, num_blocks=NUM_BLOCKS, max_model_len=NUM_BLOCKS * 16))
+    times = StepTimes(profile_steps(model, info.max_model_len))
     drafter = load_eagle_drafter(folder, verifier, num_blocks=NUM_BLOCKS)
     config = load_eagle(folder).config
     width = len(config.feature_layers) * config.hidden_size

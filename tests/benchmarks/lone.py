@@ -57,8 +57,8 @@ class LonePrompts:
             num_spare_blocks=spare_blocks(16),
         )
         self.model, self.info = load_model(self.options)
-        self._profile = profile_steps(self.model)
-        print("step profile: " + ", ".join(f"{count}: {1e3 * seconds:.1f} ms" for count, seconds in self._profile))
+        self._profile = profile_steps(self.model, self.info.max_model_len)
+        print("step profile: " + ", ".join(f"{step.num_tokens}: {1e3 * step.seconds:.1f} ms" for step in self._profile))
         self._num_tokens = num_tokens
         self._prompts = [
             tokenizer.apply_chat_template(

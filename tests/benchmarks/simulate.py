@@ -31,7 +31,7 @@ from tailserve.deployments.bench.report import table
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import CONTEXT, count_excess, count_tokens
 from tailserve.engine.engine import Engine
-from tailserve.engine.types import Batch, SloClass, StepResult, TokenChunk
+from tailserve.engine.types import Batch, ProfiledStep, SloClass, StepResult, TokenChunk
 
 TRAFFIC = Path(__file__).with_name("traffic.json")
 COLUMNS = ["policy", "load", "class", "requests", "met_%", "goodput", "TTFT_p50_ms", "TTFT_p99_ms", "TPOT_p50_ms"]
@@ -100,11 +100,14 @@ class Instance:
     def __init__(self, settings: dict[str, Any], classes: tuple[SloClass, ...], policy: str, seed: int) -> None:
         costs = settings["step"]
         self.executor = SimulatedExecutor(costs, random.Random(seed))
-        profile = tuple((n, costs["base_s"] + (costs["token_s"] + costs["sequence_s"]) * n) for n in (1, 8, 64, 256))
+        token_s, logits_s = costs["token_s"], costs["sequence_s"]
+        profile = [ProfiledStep(n, costs["base_s"] + (token_s + logits_s) * n) for n in (1, 8, 64, 256)]
+        profile.append(ProfiledStep(64, profile[2].seconds - 63 * logits_s, 63))
+        profile.append(ProfiledStep(8, profile[1].seconds + 8192 * costs["context_s"], 0, 8192))
         config = EngineConfig(
             classes=classes,
             scheduling_policy=policy,
-            step_profile=profile,
+            step_profile=tuple(profile),
             enable_prefix_caching=False,
             **settings["engine"],
         )

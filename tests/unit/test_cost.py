@@ -1,6 +1,9 @@
+import random
+
 import pytest
 
 from tailserve.engine.cost import StepTimes
+from tailserve.engine.types import ProfiledStep
 
 PROFILE = [(1, 0.010), (8, 0.012), (32, 0.030)]
 
@@ -75,3 +78,20 @@ def test_a_million_odd_steps_leave_it_sane() -> None:
     for number in range(5000):
         times.observe(1 + number % 3, 1e-6 if number % 7 else 10.0, unsampled=number % 2, excess=10**7 * (number % 2))
     assert 0 < (times.predict(1, excess=0) or 0) < 100
+
+
+def test_steps_that_are_all_alike_spoil_nothing_for_others() -> None:
+    """As many prompts beside as many answers, for minutes: only the sum of what tokens, logits and context cost shows."""
+
+    def seconds(tokens: int, unsampled: int, excess: int) -> float:
+        return 1.3 * (0.01 + 0.0007 * tokens - 0.00017 * unsampled + 1e-6 * excess)
+
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128)
+    known = [*((size, 0.01 + 0.0007 * size) for size in sizes), (128, 0.0996 - 0.0216, 127)]
+    times = StepTimes([ProfiledStep(*step) for step in (*known, (8, 0.0156 + 0.007, 0, 7000))])
+    chance = random.Random(0)
+    for _ in range(1000):
+        excess = chance.randrange(1500, 2500)
+        times.observe(55, seconds(55, 24, excess) * chance.gauss(1, 0.05), unsampled=24, excess=excess)
+    for step in ((1, 0, 0), (128, 127, 0), (256, 254, 128), (32, 0, 8000)):
+        assert times.predict(step[0], unsampled=step[1], excess=step[2]) == pytest.approx(seconds(*step), rel=0.15)
