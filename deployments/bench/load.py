@@ -46,7 +46,7 @@ class Sample:
     workload: str
     sent: float
     pieces: list[float] = field(default_factory=list)
-    """When each piece of the answer arrived."""
+    """When each piece of the answer's text arrived."""
     num_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -78,7 +78,6 @@ class _Usage(msgspec.Struct):
 
 
 class _Delta(msgspec.Struct):
-    role: str | None = None
     content: str | None = None
 
 
@@ -167,11 +166,12 @@ class Client:
             sample.prompt_tokens = decoded.usage.prompt_tokens
             sample.cached_tokens = (decoded.usage.prompt_tokens_details or _PromptDetails()).cached_tokens or 0
         for choice in decoded.choices:
-            # A chat's opening event carries the role only: nobody has read anything by then.
-            if choice.delta is not None and choice.delta.role is not None and not choice.delta.content:
-                continue
-            sample.text += choice.delta.content or "" if choice.delta is not None else choice.text
-            sample.pieces.append(now)
+            # Events without text are nothing to read: a chat's opening one, its end, and those that some servers send for
+            # tokens that are but a part of a character.
+            text = choice.delta.content if choice.delta is not None else choice.text
+            if text:
+                sample.text += text
+                sample.pieces.append(now)
 
 
 async def closed_loop(client: Client, workload: Workload, *, concurrency: int, requests: int, seed: int) -> list[Sample]:

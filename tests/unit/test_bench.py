@@ -25,6 +25,16 @@ async def test_closed_loop_counts_every_token(edge: Edge) -> None:
         assert sample.tpot == pytest.approx(sum(sample.gaps) / 19)
 
 
+def test_events_without_text_are_no_pieces_of_an_answer() -> None:
+    """Some servers send one for each token, also for those that are but a part of a character."""
+    sample = Sample("w", 0.0)
+    for now, choice in enumerate(
+        ({"text": ""}, {"text": "a"}, {"delta": {"role": "assistant"}}, {"delta": {"content": "b"}})
+    ):
+        Client._take(b"data: " + json.dumps({"choices": [choice]}).encode(), float(now), sample)
+    assert (sample.text, sample.pieces) == ("ab", [1.0, 3.0])
+
+
 async def test_open_loop_sends_both_classes_whatever_the_server_does(edge: Edge) -> None:
     works = [Workload(name, 4, 5, vocab_size=90, headers={"X-SLO-Class": name}) for name in ("critical", "normal")]
     async with Client(url(edge)) as client:
