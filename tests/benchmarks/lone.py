@@ -58,7 +58,8 @@ class LonePrompts:
         )
         self.model, self.info = load_model(self.options)
         self._profile = profile_steps(self.model, self.info.max_model_len)
-        print("step profile: " + ", ".join(f"{step.num_tokens}: {1e3 * step.seconds:.1f} ms" for step in self._profile))
+        single = [step for step in self._profile if not step.unsampled and not step.excess]
+        print("step profile: " + ", ".join(f"{step.num_tokens}: {1e3 * step.seconds:.1f} ms" for step in single))
         self._num_tokens = num_tokens
         self._prompts = [
             tokenizer.apply_chat_template(
