@@ -47,7 +47,7 @@ class Scheduler:
         self._composition = Composition(self.planner, self.residency, times)
         self._overdue = Overdue(config, times, self.residency)
         self.classes = {slo.name: slo for slo in config.classes}
-        self._shares = {slo.priority: FairShares() for slo in config.classes}
+        self._shares = {slo.priority: FairShares(config.max_num_seqs) for slo in config.classes}
         self._sequences: dict[str, Sequence] = {}
         self._timed: dict[str, Sequence] = {}
         self._ended: list[TokenChunk] = []
@@ -77,11 +77,13 @@ class Scheduler:
             )
         self._num_added += 1
         arrival_s = now - request.age_s
-        tag, charge = self._shares[slo.priority].enter(request.tenant, num_prompt, request.sampling.max_tokens)
-        fcfs = self.config.scheduling_policy == "fcfs"
-        key = Key(0 if fcfs else slo.priority, late=False, tag=arrival_s if fcfs else tag, number=self._num_added)
+        turn = self._shares[slo.priority].enter(request.tenant, num_prompt, request.sampling.max_tokens)
+        if self.config.scheduling_policy == "fcfs":
+            key = Key(0, late=False, over=False, tag=arrival_s, number=self._num_added)
+        else:
+            key = Key(slo.priority, late=False, over=turn.over, tag=turn.tag, number=self._num_added)
         epoch = self.pins.epoch(request.tenant, request.session_id or "")
-        seq = Sequence(request, slo, arrival_s, key, self.config.max_model_len, charge=charge, epoch=epoch)
+        seq = Sequence(request, slo, arrival_s, key, self.config.max_model_len, turn=turn, epoch=epoch)
         self._sequences[request.id] = seq
         if request.carried is not None:
             # That it is late is the fault of the instance that was lost.
@@ -245,7 +247,7 @@ class Scheduler:
             self.pins.end(seq)
         self.residency.remove(seq)
         computed = seq.prompt_len if seq.due_s is not None else 0
-        self._shares[seq.slo.priority].end(seq.request.tenant, seq.charge, computed, seq.num_output)
+        self._shares[seq.slo.priority].end(seq.request.tenant, seq.turn, computed, seq.num_output)
         self.stats.finished[stop.reason] = self.stats.finished.get(stop.reason, 0) + 1
         return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error, seq.timeline())
 
