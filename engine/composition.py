@@ -8,6 +8,7 @@ from heapq import merge
 
 from tailserve.engine import slo
 from tailserve.engine.cost import StepTimes
+from tailserve.engine.places import Places
 from tailserve.engine.planner import Planner, StepPlan
 from tailserve.engine.residency import Residency, begin_of_level, place_in_line
 from tailserve.engine.scheduled import Scheduled
@@ -24,12 +25,13 @@ class Composition:
     """Puts a step together: level by level, most urgent first. In each those that generate come before prompts, but for the
     share of the time that prompts in a hurry need; who is furthest behind comes first where not all fit."""
 
-    def __init__(self, planner: Planner, residency: Residency, times: StepTimes) -> None:
+    def __init__(self, planner: Planner, residency: Residency, places: Places, times: StepTimes) -> None:
         self._most = residency.config.max_num_seqs
         self._paced = residency.config.paced
         self._most_urgent = min(some.priority for some in residency.config.classes)
         self._planner = planner
         self._residency = residency
+        self._places = places
         self._times = times
 
     def compose(self, now: float, start: float) -> tuple[list[Scheduled], dict[int, list[int]], StepPlan]:
@@ -109,7 +111,7 @@ class Composition:
                 self._add_chunk(plan, seq, limit)
 
     def _may_start(self, seq: Sequence) -> bool:
-        return self._admitting and (seq.promoted or self._num_running[seq.slo.name] < self._planner.cap(seq))
+        return self._admitting and self._places.may_start(seq, self._num_running[seq.slo.name], self._planner.cap(seq))
 
     def _is_urgent(self, seq: Sequence) -> bool:
         return self._paced and self._planner.is_guarded(seq)
@@ -130,6 +132,8 @@ class Composition:
         if seq in waiting:
             self._admitting = self._residency.admit(seq)
             self._num_running[seq.slo.name] += self._admitting
+            if self._admitting:
+                self._places.note_start(seq)
         return seq.row is not None
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, limit: float) -> None:

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import NamedTuple
+from collections import Counter, defaultdict
 
 OUTPUT_WEIGHT = 2
 """What a generated token counts, against one of a prompt."""
 FIRST_GUESS = 128.0
 """Output tokens of an answer before any has ended."""
-BURST = 0.125
-"""Of `max_num_seqs`, how many requests of the usual size a tenant may be ahead of its turn."""
 RECENT = 0.05
-"""Of the newest request in the running means."""
-
-
-class Turn(NamedTuple):
-    """A request's turn among those of equal priority."""
-
-    tag: float
-    """Lower is earlier; in tokens served."""
-    charge: float
-    """Tokens that its tenant was charged for it beforehand."""
-    over: bool
-    """Its tenant had more than a burst before it: it goes behind others, and its place in the batch goes to them."""
+"""Of the newest request in running means."""
+BURST = 0.25
+"""Of `max_num_seqs`, how many usual requests a tenant may ask for at once and be held to no part."""
 
 
 class FairShares:
-    """Turns, such that tenants with requests waiting get the same service, and one that sends little hardly notices one that
-    sends too much.
+    """Tags by which requests of equal priority stand in line, so that tenants with requests waiting get the same service.
 
     Start-time fair queueing (Goyal, Vin and Cheng 1996) over what tokens cost, as the virtual token counter has it (Sheng
     et al., OSDI 2024): a tenant's request begins where its last one ends, or now, and lasts as long as its tokens. How many
     an answer will have is guessed, and set right when it ends. With one tenant the order is that of arrival.
 
-    Equal shares alone are not enough for one that sends little but all at once: its burst would get no more of the batch
-    than what comes day and night. So who is further ahead of its turn than a burst is `over`, until that has been served.
+    Turns leave out what was before: a burst of one that sends little gets no more than a part equal to that of one that
+    sends too much day and night. For that there is credit (see `Places`): what a tenant asks for is taken from it, what
+    anybody is served adds an equal part to everybody's. It is a burst at most, and no debt is higher than a burst and what
+    the tenant has open.
     """
 
     def __init__(self, max_num_seqs: int) -> None:
@@ -46,44 +35,58 @@ class FairShares:
         """Tenant to the last tag it got."""
         self._open: Counter[str] = Counter()
         """Tenant to its requests that have not ended."""
-        self._over: Counter[str] = Counter()
-        """The same, those that are over only."""
-        self._usual_output = FIRST_GUESS
+        self._owed: defaultdict[str, float] = defaultdict(float)
+        """Tenant to what its open requests were charged."""
+        self._credit: dict[str, float] = {}
+        """Tenant to its credit; those that are not here have a burst."""
+        self._usual = FIRST_GUESS
         self._usual_charge: float | None = None
 
-    def enter(self, tenant: str, num_prompt: int, max_output: int) -> Turn:
-        """A request comes."""
-        charge = num_prompt + OUTPUT_WEIGHT * min(self._usual_output, max_output)
-        usual = charge if self._usual_charge is None else self._usual_charge
-        self._usual_charge = usual + RECENT * (charge - usual)
+    def enter(self, tenant: str, num_prompt: int, max_output: int) -> tuple[float, float]:
+        """A request's tag, and what it is charged."""
+        charge = num_prompt + OUTPUT_WEIGHT * min(self._usual, max_output)
         # Where an answer turned out short its tenant's next begins earlier, but not before one that waits.
         tag = max(self._now, self._ends.get(tenant, 0.0), self._last.get(tenant, 0.0))
         self._ends[tenant], self._last[tenant] = tag + charge, tag
         self._open[tenant] += 1
-        # A tenant's own requests stay in order: none is let off while one before it is not.
-        over = tenant in self._over or tag - self._now >= self._burst * self._usual_charge
-        if over:
-            self._over[tenant] += 1
-        return Turn(tag, charge, over)
+        self._owed[tenant] += charge
+        usual = charge if self._usual_charge is None else self._usual_charge
+        self._usual_charge = usual + RECENT * (charge - usual)
+        self._credit[tenant] = self.credit(tenant) - charge
+        return tag, charge
+
+    @property
+    def burst(self) -> float:
+        """In tokens."""
+        return self._burst * (self._usual_charge or 0.0)
+
+    def credit(self, tenant: str) -> float:
+        """In tokens; less than 0 where it is spent."""
+        return self._credit.get(tenant, self.burst)
 
     def start(self, tag: float) -> None:
         """The request with this tag runs; may be said again."""
         self._now = max(self._now, tag)
 
-    def end(self, tenant: str, turn: Turn, num_prompt: int, num_output: int) -> None:
+    def end(self, tenant: str, charge: float, num_prompt: int, num_output: int) -> None:
         """A request ends, with so many tokens computed."""
-        self._usual_output += RECENT * (num_output - self._usual_output)
-        end = self._ends.pop(tenant, self._now) + num_prompt + OUTPUT_WEIGHT * num_output - turn.charge
+        self._usual += RECENT * (num_output - self._usual)
+        served = num_prompt + OUTPUT_WEIGHT * num_output
+        self._settle(tenant, charge, served)
+        end = self._ends.pop(tenant, self._now) + served - charge
         if end > self._now:
             self._ends[tenant] = end
-        _count_down(self._open, tenant)
-        if tenant not in self._open:
-            del self._last[tenant]
-        if turn.over:
-            _count_down(self._over, tenant)
+        self._open[tenant] -= 1
+        if not self._open[tenant]:
+            del self._open[tenant], self._last[tenant]
 
-
-def _count_down(counts: Counter[str], tenant: str) -> None:
-    counts[tenant] -= 1
-    if not counts[tenant]:
-        del counts[tenant]
+    def _settle(self, tenant: str, charge: float, served: float) -> None:
+        full, part = self.burst, served / len(self._open)
+        self._owed[tenant] -= charge
+        self._credit[tenant] = self.credit(tenant) + charge - served
+        for name in list(self._credit):
+            credit = max(self._credit[name] + part, -full - self._owed[name])
+            if credit < full or name in self._open:
+                self._credit[name] = min(credit, full)
+            else:
+                del self._credit[name], self._owed[name]

@@ -51,6 +51,8 @@ class Pace:
         """An answer of the class is complete, with its last token made just now."""
         if not self._guarded or seq.begun_s is None or seq.token_s is None or seq.num_output < 2:
             return
+        if seq.num_preemptions:
+            return  # it was the place that it lacked, not the pace
         near = seq.token_s - seq.begun_s > NEAR * self._slo.tpot_s * (seq.num_output - 1)
         self._aim = min(max(self._aim * (TIGHTEN if near else LOOSEN), LEAST_AIM), MOST_AIM)
 

@@ -21,16 +21,16 @@ def place_in_line(seq: Sequence) -> Key:
 
 def begin_of_level(line: list[Sequence], level: int) -> int:
     """Index of a line's first sequence that is of `level` or behind it."""
-    return bisect_left(line, Key(level, late=False, over=False, tag=float("-inf"), number=-1), key=place_in_line)
+    return bisect_left(line, Key(level, late=False, tag=float("-inf"), number=-1), key=place_in_line)
 
 
 class Residency:
     """Two lines, running and waiting, both in order of their keys, over one block pool.
 
     A running sequence has a row at the verifier and blocks; a waiting one has neither. Slots and blocks are taken from
-    lower classes for higher ones, from those whose first token is late anyway for those that can be in time, and from
-    tenants that ask for more than their share for others; else only an earlier sequence that already runs takes blocks from
-    a later one. So victims are the least urgent, and of these who came last.
+    lower classes for higher ones, and from those whose first token is late anyway for those that can be in time; else only
+    an earlier sequence that already runs takes blocks from a later one. So victims are the least urgent, and of these who
+    came last.
     """
 
     def __init__(self, config: EngineConfig, stats: EngineStats) -> None:
@@ -112,17 +112,15 @@ class Residency:
         free = self.config.max_num_seqs - len(staying)
         running = Counter(seq.slo.name for seq in staying)
         for seq in self.waiting[:]:
-            last = staying[-1] if staying else None
-            full = running[seq.slo.name] >= caps[seq.slo.name] and not seq.promoted
-            if full and (last is None or last.slo is not seq.slo or not _outranks(seq, last)):
+            if running[seq.slo.name] >= caps[seq.slo.name] and not seq.promoted:
                 continue
-            if full or free == 0:
-                if last is None or not _outranks(seq, last):
+            if free == 0:
+                if not staying or not _outranks(seq, staying[-1]):
                     break
-                staying.pop()
-                running[last.slo.name] -= 1
-                self.preempt(last)
-                free += 1
+                victim = staying.pop()
+                running[victim.slo.name] -= 1
+                self.preempt(victim)
+                free = 1
             free -= 1
             running[seq.slo.name] += 1
 
@@ -288,4 +286,4 @@ class Residency:
 
 
 def _outranks(seq: Sequence, other: Sequence) -> bool:
-    return seq.key[:3] < other.key[:3]
+    return seq.key[:2] < other.key[:2]

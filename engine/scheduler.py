@@ -15,6 +15,7 @@ from tailserve.engine.errors import InvalidRequestError
 from tailserve.engine.fairness import FairShares
 from tailserve.engine.overdue import Overdue
 from tailserve.engine.pins import Pins
+from tailserve.engine.places import Places
 from tailserve.engine.planner import Planner
 from tailserve.engine.residency import Residency
 from tailserve.engine.scheduled import Scheduled
@@ -44,10 +45,11 @@ class Scheduler:
         self.residency = Residency(config, stats)
         self.planner = Planner(config, times)
         self.pins = Pins(config, self.residency.pool, self.residency.host, times)
-        self._composition = Composition(self.planner, self.residency, times)
         self._overdue = Overdue(config, times, self.residency)
         self.classes = {slo.name: slo for slo in config.classes}
         self._shares = {slo.priority: FairShares(config.max_num_seqs) for slo in config.classes}
+        self._places = Places(self.residency, {slo.name: self._shares[slo.priority] for slo in config.classes})
+        self._composition = Composition(self.planner, self.residency, self._places, times)
         self._sequences: dict[str, Sequence] = {}
         self._timed: dict[str, Sequence] = {}
         self._ended: list[TokenChunk] = []
@@ -77,13 +79,11 @@ class Scheduler:
             )
         self._num_added += 1
         arrival_s = now - request.age_s
-        turn = self._shares[slo.priority].enter(request.tenant, num_prompt, request.sampling.max_tokens)
-        if self.config.scheduling_policy == "fcfs":
-            key = Key(0, late=False, over=False, tag=arrival_s, number=self._num_added)
-        else:
-            key = Key(slo.priority, late=False, over=turn.over, tag=turn.tag, number=self._num_added)
+        tag, charge = self._shares[slo.priority].enter(request.tenant, num_prompt, request.sampling.max_tokens)
+        fcfs = self.config.scheduling_policy == "fcfs"
+        key = Key(0 if fcfs else slo.priority, late=False, tag=arrival_s if fcfs else tag, number=self._num_added)
         epoch = self.pins.epoch(request.tenant, request.session_id or "")
-        seq = Sequence(request, slo, arrival_s, key, self.config.max_model_len, turn=turn, epoch=epoch)
+        seq = Sequence(request, slo, arrival_s, key, self.config.max_model_len, charge=charge, epoch=epoch)
         self._sequences[request.id] = seq
         if request.carried is not None:
             # That it is late is the fault of the instance that was lost.
@@ -122,7 +122,9 @@ class Scheduler:
         self._overdue.review(self._sequences.values(), now)
         self.pins.expire(now)
         if self.config.paced:
-            self.residency.yield_slots({name: pace.cap for name, pace in self.planner.paces.items()})
+            caps = {name: pace.cap for name, pace in self.planner.paces.items()}
+            self.residency.yield_slots(caps)
+            self._places.review(caps)
         work, new_blocks, plan = self._composition.compose(now, now if start is None else start)
         # Drafts come last: they must not take the block or the token that somebody needs.
         self._selection.add(work, drafts, plan.count_drafts, self.residency, new_blocks)
@@ -247,7 +249,7 @@ class Scheduler:
             self.pins.end(seq)
         self.residency.remove(seq)
         computed = seq.prompt_len if seq.due_s is not None else 0
-        self._shares[seq.slo.priority].end(seq.request.tenant, seq.turn, computed, seq.num_output)
+        self._shares[seq.slo.priority].end(seq.request.tenant, seq.charge, computed, seq.num_output)
         self.stats.finished[stop.reason] = self.stats.finished.get(stop.reason, 0) + 1
         return TokenChunk(seq.request.id, token_ids, logprobs, stop.reason, stop.detail, seq.usage(), error, seq.timeline())
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tailserve.engine.blocks import chain_hash, join_hash, root_hash
-from tailserve.engine.fairness import Turn
 from tailserve.engine.speculation.acceptance import OwnRecord
 from tailserve.engine.types import Request, SloClass, Timeline, Usage
 
 PUBLIC_SCOPE = "public"
-_NO_TURN = Turn(0.0, 0.0, over=False)
 
 
 class Key(NamedTuple):
@@ -20,10 +18,8 @@ class Key(NamedTuple):
     """The class's priority; less for a sequence that has waited for too long; 0 for all with first come, first served."""
     late: bool
     """Its first token cannot be in time any more."""
-    over: bool
-    """See `Turn`."""
     tag: float
-    """Its turn within the class, in tokens served."""
+    """Its turn within the class, in tokens served: see `FairShares`."""
     number: int
 
 
@@ -40,6 +36,7 @@ class Sequence:
         "awaits_prefix",
         "begun_s",
         "block_ids",
+        "charge",
         "draft_record",
         "due_s",
         "epoch",
@@ -73,7 +70,6 @@ class Sequence:
         "started_s",
         "token_ids",
         "token_s",
-        "turn",
     )
 
     def __init__(
@@ -84,14 +80,14 @@ class Sequence:
         key: Key,
         max_model_len: int,
         *,
-        turn: Turn = _NO_TURN,
+        charge: float = 0.0,
         epoch: int = 0,
     ) -> None:
-        """`turn`: among its class. `epoch`: how often its session was deleted."""
+        """`charge`: what its tenant was charged for it beforehand. `epoch`: how often its session was deleted."""
         self.request = request
         self.slo = slo
         self.arrival_s = arrival_s
-        self.turn = turn
+        self.charge = charge
         self.epoch = epoch
         self.key = key
         """Place in line. Keeps its value when the sequence is preempted."""

@@ -26,7 +26,7 @@ class Recorder(InlineDrafter):
 
 
 def running(row: int, tokens: list[int]) -> Sequence:
-    seq = Sequence(make_request(tokens), NORMAL, 0.0, Key(10, late=False, over=False, tag=0.0, number=0), max_model_len=64)
+    seq = Sequence(make_request(tokens), NORMAL, 0.0, Key(10, late=False, tag=0.0, number=0), max_model_len=64)
     seq.row, seq.num_computed = row, len(tokens) - 1
     seq.num_scheduled = seq.num_computed
     return seq

@@ -3,67 +3,74 @@
 import pytest
 from timed import CRITICAL, Run, add_all, generating
 
-from tailserve.engine.fairness import FairShares, Turn
+from tailserve.engine.fairness import FairShares
 from tailserve.engine.types import SloClass
 
 
-def serve(shares: FairShares, waiting: list[tuple[Turn, str]], count: int) -> list[str]:
+def serve(shares: FairShares, waiting: list[tuple[float, str, float]], count: int) -> list[str]:
     """The tenants of the next `count` requests that run, each of 100 prompt and 50 output tokens."""
     order = []
     for _ in range(count):
         waiting.sort()
-        turn, tenant = waiting.pop(0)
-        shares.start(turn.tag)
-        shares.end(tenant, turn, 100, 50)
+        tag, tenant, charge = waiting.pop(0)
+        shares.start(tag)
+        shares.end(tenant, charge, 100, 50)
         order.append(tenant)
     return order
 
 
 def test_one_tenant_is_served_in_order() -> None:
-    shares = FairShares(256)
-    first, second, third = (shares.enter("a", 1000, 100) for _ in range(3))
-    shares.start(first.tag)
+    shares = FairShares(64)
+    (first, charge), second, third = (shares.enter("a", 1000, 100) for _ in range(3))
+    shares.start(first)
     # It ends early and gives most of its charge back.
-    shares.end("a", first, 10, 0)
-    assert first.tag < second.tag < third.tag <= shares.enter("a", 10, 100).tag
+    shares.end("a", charge, 10, 0)
+    assert first < second[0] < third[0] <= shares.enter("a", 10, 100)[0]
 
 
 def test_who_sends_ten_times_as_much_gets_the_same_while_both_wait() -> None:
-    shares = FairShares(256)
-    waiting = [(shares.enter(tenant, 100, 50), tenant) for tenant in ["loud"] * 100 + ["quiet"] * 10]
+    shares = FairShares(64)
+    waiting = []
+    for tenant in ["loud"] * 100 + ["quiet"] * 10:
+        tag, charge = shares.enter(tenant, 100, 50)
+        waiting.append((tag, tenant, charge))
     order = serve(shares, waiting, 20)
     assert order.count("quiet") >= 9
 
 
 def test_who_was_away_has_saved_nothing_up() -> None:
-    shares = FairShares(256)
-    waiting = [(shares.enter("a", 100, 50), "a") for _ in range(50)]
+    shares = FairShares(64)
+    waiting = [(tag, "a", charge) for tag, charge in (shares.enter("a", 100, 50) for _ in range(50))]
     serve(shares, waiting, 40)
-    waiting += [(shares.enter("b", 100, 50), "b") for _ in range(10)]
+    waiting += [(tag, "b", charge) for tag, charge in (shares.enter("b", 100, 50) for _ in range(10))]
     order = serve(shares, waiting, 10)
     assert 4 <= order.count("b") <= 6
 
 
 def test_short_answers_are_charged_as_such() -> None:
-    shares = FairShares(256)
-    turn = shares.enter("a", 10, 1000)
-    shares.start(turn.tag)
-    shares.end("a", turn, 10, 1)
-    assert shares.enter("a", 10, 1000).tag < turn.charge / 2
-
-
-def test_a_burst_is_nobodys_fault_and_more_than_one_is() -> None:
     shares = FairShares(64)
-    burst = [shares.enter("a", 100, 50) for _ in range(8)]
-    more = [shares.enter("a", 100, 50) for _ in range(4)]
-    others = [shares.enter("b", 100, 50) for _ in range(8)]
-    assert not any(turn.over for turn in burst + others)
-    assert all(turn.over for turn in more)
-    for turn in burst + more[:3]:
-        shares.start(turn.tag)
-        shares.end("a", turn, 100, 50)
-    assert shares.enter("a", 100, 50).over, "one that came before is, still"
-    shares.end("a", more[3], 100, 50)
+    tag, charge = shares.enter("a", 10, 1000)
+    shares.start(tag)
+    shares.end("a", charge, 10, 1)
+    assert shares.enter("a", 10, 1000)[0] < charge / 2
+
+
+def test_credit_is_a_burst_and_comes_back_with_what_others_are_served() -> None:
+    shares = FairShares(64)
+    first = [shares.enter("a", 100, 50) for _ in range(40)]
+    other = [shares.enter("b", 100, 50) for _ in range(4)]
+    # A burst is 16 requests of 200 tokens.
+    assert shares.burst == shares.credit("c") == 16 * 200
+    assert shares.credit("a") == (16 - 40) * 200
+    assert shares.credit("b") == (16 - 4) * 200
+    for _, charge in first:
+        shares.end("a", charge, 100, 50)
+    # Half of what was served; of the debt no more than a burst is left.
+    assert shares.credit("a") >= -shares.burst
+    assert shares.credit("b") == shares.burst
+    before = shares.credit("a")
+    shares.end("b", other[0][1], 100, 50)
+    assert shares.credit("a") == before + 200
 
 
 @pytest.mark.parametrize("limit", ["slots", "cap"])

@@ -84,7 +84,7 @@ def test_no_more_run_than_keep_their_pace() -> None:
 def test_a_cap_follows_the_p99_unless_steps_are_kept_short_for_the_class(guarded: bool) -> None:
     # By step times alone 64 may run.
     pace = Pace(NORMAL, StepTimes([(size, 0.2 * size / 64) for size in SIZES[:7]]), 64, guarded=guarded)
-    keys = [Key(10, late=False, over=False, tag=0.0, number=number) for number in range(4)]
+    keys = [Key(10, late=False, tag=0.0, number=number) for number in range(4)]
     running = [Sequence(make_request([1]), NORMAL, 0.0, key, 64) for key in keys]
 
     def review(pace_s: float, count: int) -> int:
@@ -187,7 +187,7 @@ def test_what_a_stall_cost_is_not_made_good_at_everybodys_cost() -> None:
 
 def test_what_is_aimed_at_follows_how_near_answers_came() -> None:
     pace = Pace(CRITICAL, StepTimes(()), 64, guarded=True)
-    seq = Sequence(make_request([1], max_tokens=100), CRITICAL, 0.0, Key(0, False, False, 0.0, 1), 1000)
+    seq = Sequence(make_request([1], max_tokens=100), CRITICAL, 0.0, Key(0, False, 0.0, 1), 1000)
     seq.token_ids += [1] * 11
 
     def end(tpot_s: float) -> float:
@@ -204,5 +204,5 @@ def test_what_is_aimed_at_follows_how_near_answers_came() -> None:
 
 
 def test_nothing_is_in_a_hurry_before_step_times_are_known() -> None:
-    seq = Sequence(make_request([1]), CRITICAL, 0.0, Key(0, False, False, 0.0, 1), 1000)
+    seq = Sequence(make_request([1]), CRITICAL, 0.0, Key(0, False, 0.0, 1), 1000)
     assert hurry([seq], AIM * CRITICAL.ttft_s, StepTimes(())) == 0.0
