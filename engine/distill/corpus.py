@@ -1,8 +1,7 @@
 """What a draft learns from: prompts and answers that the verifier writes itself.
 
-Prompts come from the user's turn of the chat template, as in Magpie (Xu et al., arXiv 2406.08464), every other one begun
-for the model, or from a file; answers are sampled at several temperatures. Both go to files line by line, so that an
-interrupted run goes on where it stopped.
+Prompts come from the user's turn of the chat template, as in Magpie (Xu et al., arXiv 2406.08464), or from a file; answers
+are sampled at several temperatures. Both go to files line by line, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,13 +23,6 @@ from tailserve.engine.types import FinishReason, Request, SamplingParams, SloCla
 
 TEMPERATURES = (0.0, 0.7, 0.0, 0.7, 1.0)
 """Of the answers, in turn: what users ask for."""
-OPENINGS = (
-    *("What is", "How do I", "Why", "Explain", "Write a", "Give me", "What are", "How does", "Who", "Describe", "Tell me"),
-    *("List", "How can", "Write an", "What", "Summarize", "Compare", "When", "Suggest", "Which", "Where", "Define"),
-    *("Create", "How", "Translate", "Should", "Make", "Plan", "Rewrite", "Is"),
-)
-"""How users begin. Left to itself the model uses the phrases of its own training: of the demo model's prompts six in ten
-begin with "Can you" or "I'm", one in a thousand with "Write"."""
 AT_ONCE = 512
 """Requests between two times that a file is written."""
 NUM_SEQS = 96
@@ -80,10 +72,9 @@ class Writer:
             while len(found) < count and tries < 4 * count:
                 seeds = range(tries, tries + AT_ONCE)
                 tries += AT_ONCE
-                begun = {seed: self._encode(_opening(seed)) for seed in seeds}
-                requests = [self._request(seed, self._before + ids, 0.8, MAX_PROMPT) for seed, ids in begun.items()]
-                for name, (tokens, ended) in self._run(requests).items():
-                    text = self._tokenizer.decode(begun[int(name)] + tokens, skip_special_tokens=True).strip()
+                requests = [self._request(seed, self._before, 1.0, MAX_PROMPT) for seed in seeds]
+                for tokens, ended in self._run(requests).values():
+                    text = self._tokenizer.decode(tokens, skip_special_tokens=True).strip()
                     if ended and len(tokens) > 3 and text not in found:
                         found[text] = None
                         file.write(msgspec.json.encode(text) + b"\n")
@@ -152,10 +143,6 @@ class Writer:
                 if chunk.finish_reason == FinishReason.STOP:
                     ended.add(chunk.request_id)
         return {name: (ids, name in ended) for name, ids in tokens.items()}
-
-
-def _opening(number: int) -> str:
-    return "" if number % 2 else OPENINGS[number // 2 % len(OPENINGS)]
 
 
 def _read(path: Path, kind: Any) -> Iterator[Any]:

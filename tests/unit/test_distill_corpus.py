@@ -10,7 +10,7 @@ from tiny import TINY, save_model
 from transformers import LlamaConfig
 
 from tailserve.engine.distill import corpus
-from tailserve.engine.distill.corpus import OPENINGS, Writer
+from tailserve.engine.distill.corpus import Writer
 from tailserve.engine.options import LoadOptions
 
 
@@ -30,20 +30,14 @@ class Letters:
         return "User: " + turns[0]["content"] + " Bot: "
 
 
-def test_half_of_the_prompts_begin_as_users_do_and_an_interrupted_run_keeps_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_distinct_and_an_interrupted_run_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "AT_ONCE", 48)
     monkeypatch.setattr(corpus, "MAX_PROMPT", 48)
     model = save_model(LlamaConfig(**(TINY | {"max_position_embeddings": 1024})), tmp_path)
     writer = Writer(LoadOptions(path=model, dtype="float32", attention_backend="reference"), Letters())
     file = tmp_path / "prompts.jsonl"
     prompts = writer.prompts(file, 24)
-    begun = [opening for prompt in prompts for opening in OPENINGS if prompt.startswith(opening)]
     assert len(set(prompts)) == 24
-    assert 6 <= len(begun) <= 24
-    assert len(set(begun)) > 4
-    assert not all(prompt.startswith(OPENINGS) for prompt in prompts)
     with file.open("ab") as lines:
         lines.write(b'"half a li')
     assert writer.prompts(file, 24) == prompts
