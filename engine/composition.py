@@ -55,7 +55,7 @@ class Composition:
             prompts = [seq for seq in running if seq.num_pending > 1 or seq.awaits_prefix]
             generating = [seq for seq in running if seq.num_pending == 1 and not seq.awaits_prefix]
             # Those that lose their place in this step shall not find it again in the same.
-            waiting = _of_level(residency.waiting, level)[: self._most] if self._admitting else []
+            waiting = self._places.in_turn(_of_level(residency.waiting, level))[: self._most] if self._admitting else []
             fresh = (*prompts, *waiting[:FORESEEN_PROMPTS])
             share = slo.hurry(fresh, now, self._times) if self._paced else 0.0
             held_back += self._generate(plan, generating, share, sure=level == first)
@@ -95,7 +95,7 @@ class Composition:
         """Adds chunks of prompts, in line; those that wait begin where there is a place for them."""
         # Levels are all guarded or all not.
         urgent_s = max(plan.limit_s, plan.seconds / (1 - share))
-        for seq in merge(running, waiting, key=place_in_line):
+        for seq in merge(running, waiting, key=self._places.turn):
             known = seq.row is not None
             if not known and not self._may_start(seq):
                 continue

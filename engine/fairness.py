@@ -40,7 +40,7 @@ class FairShares:
         self._credit: dict[str, float] = {}
         """Tenant to its credit; those that are not here have a burst."""
         self._usual = FIRST_GUESS
-        self._usual_charge: float | None = None
+        self._usual_charge = OUTPUT_WEIGHT * FIRST_GUESS
 
     def enter(self, tenant: str, num_prompt: int, max_output: int) -> tuple[float, float]:
         """A request's tag, and what it is charged."""
@@ -50,15 +50,14 @@ class FairShares:
         self._ends[tenant], self._last[tenant] = tag + charge, tag
         self._open[tenant] += 1
         self._owed[tenant] += charge
-        usual = charge if self._usual_charge is None else self._usual_charge
-        self._usual_charge = usual + RECENT * (charge - usual)
+        self._usual_charge += RECENT * (charge - self._usual_charge)
         self._credit[tenant] = self.credit(tenant) - charge
         return tag, charge
 
     @property
     def burst(self) -> float:
         """In tokens."""
-        return self._burst * (self._usual_charge or 0.0)
+        return self._burst * self._usual_charge
 
     def credit(self, tenant: str) -> float:
         """In tokens; less than 0 where it is spent."""
