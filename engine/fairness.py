@@ -55,6 +55,11 @@ class FairShares:
         return tag, charge
 
     @property
+    def num_tenants(self) -> int:
+        """Those with requests that have not ended."""
+        return len(self._open)
+
+    @property
     def burst(self) -> float:
         """In tokens."""
         return self._burst * self._usual_charge

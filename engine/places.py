@@ -9,6 +9,9 @@ from tailserve.engine.fairness import FairShares
 from tailserve.engine.residency import Residency
 from tailserve.engine.sequence import Key, Sequence
 
+AT_ONCE = 0.1
+"""Of a class's running sequences, how many places may stand empty for others."""
+
 
 class Places:
     """Tenants that are deep in debt stand behind the others while there are too few places, and give up as many as those
@@ -43,36 +46,39 @@ class Places:
     def review(self, caps: Mapping[str, int]) -> None:
         """To be called before each step. `caps` has how many of each class may run."""
         self._behind.clear()
-        residency = self._residency
-        asked = {name: Counter[str]() for name in caps}
-        for (name, tenant), count in residency.queued.items():
-            asked[name][tenant] = count
-        mine = {name: Counter[str]() for name in caps}
-        for seq in residency.running:
-            mine[seq.slo.name][seq.request.tenant] += 1
-        free = residency.config.max_num_seqs - len(residency.running)
-        for name, cap in caps.items():
-            left = min(max(cap - mine[name].total(), 0), free)
-            if left >= asked[name].total():
-                del self._vacant[name]
-            else:
-                self._share(name, mine[name], asked[name], left=left, free=free)
-
-    def _share(self, name: str, mine: Counter[str], asked: Counter[str], *, left: int, free: int) -> None:
-        """Of a class with only so many places `left`."""
-        shares = self._shares[name]
-        takers = sum(count for tenant, count in asked.items() if shares.credit(tenant) >= -shares.burst)
-        givers = [tenant for tenant in {*mine, *asked} if shares.credit(tenant) <= -2 * shares.burst]
-        if not takers or not givers:
-            del self._vacant[name]
+        several = [name for name in caps if self._shares[name].num_tenants > 1]
+        if not several:
+            self._vacant.clear()
             return
-        self._behind.update((name, tenant) for tenant in givers)
+        residency = self._residency
+        asked, mine = ({name: Counter[str]() for name in caps} for _ in range(2))
+        for line, counts in ((residency.waiting, asked), (residency.running, mine)):
+            for seq in line:
+                counts[seq.slo.name][seq.request.tenant] += 1
+        free = residency.config.max_num_seqs - len(residency.running)
+        for name in several:
+            left = min(max(caps[name] - mine[name].total(), 0), free)
+            if left >= asked[name].total() or not self._share(name, mine[name], asked[name], left, free):
+                del self._vacant[name]
+
+    def _share(self, name: str, mine: Counter[str], asked: Counter[str], left: int, free: int) -> bool:
+        """Of a class with only so many places `left`; `free` for all. Whether there is who gives and who takes."""
+        shares = self._shares[name]
+        credit = {tenant: shares.credit(tenant) for tenant in {*mine, *asked}}
+        takers = sum(count for tenant, count in asked.items() if credit[tenant] >= -shares.burst)
+        givers = {tenant for tenant in credit if credit[tenant] <= -2 * shares.burst}
+        if not takers or not givers:
+            return False
+        self._behind.update((name, tenant) for tenant in credit if credit[tenant] < -shares.burst)
         self._vacant[name] = min(self._vacant[name], free)
+        # Prompts are read one after the other: of more places at once most would stand empty.
+        most = max(int(AT_ONCE * mine.total()), 1)
         # Those that are about to end do so before others could begin.
         theirs = [seq for seq in self._residency.running if seq.num_pending and not seq.promoted]
         theirs = [seq for seq in theirs if seq.slo.name == name and seq.request.tenant in givers]
         # Deepest in debt first, and of each what has not yielded before and is computed again in the least time.
-        theirs.sort(key=lambda seq: (shares.credit(seq.request.tenant), seq.num_preemptions, seq.num_computed))
-        for seq in theirs[: max(takers - max(left, self._vacant[name]), 0)]:
+        theirs.sort(key=lambda seq: (credit[seq.request.tenant], seq.num_preemptions, seq.num_computed))
+        for seq in theirs[: max(min(takers, most) - max(left, self._vacant[name]), 0)]:
             self._residency.preempt(seq)
             self._vacant[name] += 1
+        return True

@@ -96,3 +96,16 @@ def test_many_who_come_at_once_find_places_though_those_that_gave_them_up_are_fi
     assert max(run.ttft(request) for request in quiet) < 3
     run.run()
     assert all(len(run.times[request.id]) == 100 for request in loud)
+
+
+@pytest.mark.parametrize("more", [0, 40])
+def test_who_gave_up_its_place_does_not_find_it_again_before_others_had_it(more: int) -> None:
+    """Steps read one prompt at a time; with `more` of the loud tenant in line, and without."""
+    run = Run(max_num_batched_tokens=96)
+    loud = add_all(run, "normal", 64 + more, 4, 150, tenant="loud")
+    run.run(generating(run, loud[:64]))
+    quiet = add_all(run, "normal", 10, 200, 10, tenant="quiet")
+    run.run(generating(run, quiet))
+    assert run.engine.stats.preemptions <= 10
+    run.run()
+    assert all(len(run.times[request.id]) == 150 for request in loud)
