@@ -46,11 +46,11 @@ class Places:
     def review(self, caps: Mapping[str, int]) -> None:
         """To be called before each step. `caps` has how many of each class may run."""
         self._behind.clear()
+        residency = self._residency
         several = [name for name in caps if self._shares[name].num_tenants > 1]
-        if not several:
+        if not several or not residency.waiting:
             self._vacant.clear()
             return
-        residency = self._residency
         asked, mine = ({name: Counter[str]() for name in caps} for _ in range(2))
         for line, counts in ((residency.waiting, asked), (residency.running, mine)):
             for seq in line:

@@ -201,6 +201,8 @@ def test_what_is_aimed_at_follows_how_near_answers_came() -> None:
     assert near < end(0.036) < before
     assert [end(0.05) for _ in range(100)][-1] == pytest.approx(LEAST_AIM * 0.04)
     assert [end(0.01) for _ in range(10_000)][-1] == pytest.approx(MOST_AIM * 0.04)
+    seq.num_preemptions = 1
+    assert end(0.05) == pytest.approx(MOST_AIM * 0.04), "it was without a place for a while"
 
 
 def test_nothing_is_in_a_hurry_before_step_times_are_known() -> None:
