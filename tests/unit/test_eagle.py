@@ -141,7 +141,8 @@ def test_the_compiled_head_says_what_pytorch_says(dtype: torch.dtype, int8: bool
     )
     features = torch.randn(50, 192).bfloat16()
     states = compiled.fuse(features)
-    torch.testing.assert_close(states, exact.fuse(features.float()), rtol=1e-2, atol=1e-2)
+    # In bfloat16 each of 192 factors is rounded, and the sum: its deviation is 2, the error's 0.003, and there are 4,800.
+    torch.testing.assert_close(states, exact.fuse(features.float()), rtol=1e-2, atol=2e-2)
     tokens = torch.randint(200, (50,)).tolist()
     first, second = [3, 1, 7], [2, 5]
     steps = [
