@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as List
 from heapq import merge
+from itertools import islice
 
 from tailserve.engine import slo
 from tailserve.engine.cost import StepTimes
@@ -28,6 +29,7 @@ class Composition:
     def __init__(self, planner: Planner, residency: Residency, places: Places, times: StepTimes) -> None:
         self._most = residency.config.max_num_seqs
         self._paced = residency.config.paced
+        self._classes = [some.name for some in residency.config.classes]
         self._most_urgent = min(some.priority for some in residency.config.classes)
         self._planner = planner
         self._residency = residency
@@ -55,7 +57,7 @@ class Composition:
             prompts = [seq for seq in running if seq.num_pending > 1 or seq.awaits_prefix]
             generating = [seq for seq in running if seq.num_pending == 1 and not seq.awaits_prefix]
             # Those that lose their place in this step shall not find it again in the same.
-            waiting = self._places.in_turn(_of_level(residency.waiting, level))[: self._most] if self._admitting else []
+            waiting = self._first_waiting(level) if self._admitting else []
             fresh = (*prompts, *waiting[:FORESEEN_PROMPTS])
             share = slo.hurry(fresh, now, self._times) if self._paced else 0.0
             held_back += self._generate(plan, generating, share, sure=level == first)
@@ -66,6 +68,13 @@ class Composition:
         work = [entry for entry in self._work if entry.seq.row == entry.row]
         rows = {seq.row for seq in residency.running}
         return work, {row: blocks for row, blocks in self._new_blocks.items() if row in rows}, plan
+
+    def _first_waiting(self, level: int) -> list[Sequence]:
+        """As many of those that wait in a level and may start as a step could take, in line."""
+        # Once for each class: behind one that is full there may be thousands.
+        full = {name for name in self._classes if not self._has_place(name)}
+        line = self._places.in_turn(_of_level(self._residency.waiting, level))
+        return list(islice((seq for seq in line if seq.promoted or seq.slo.name not in full), self._most))
 
     def _generate(self, plan: StepPlan, seqs: list[Sequence], share: float, *, sure: bool) -> list[Sequence]:
         """Adds sequences that generate, as far as there is time; returns those for which there is none. For guarded ones
@@ -111,7 +120,11 @@ class Composition:
                 self._add_chunk(plan, seq, limit)
 
     def _may_start(self, seq: Sequence) -> bool:
-        return self._admitting and self._places.may_start(seq, self._num_running[seq.slo.name], self._planner.cap(seq))
+        return self._admitting and (seq.promoted or self._has_place(seq.slo.name))
+
+    def _has_place(self, name: str) -> bool:
+        """Whether one more of a class may start."""
+        return self._places.are_left(name, self._num_running[name], self._planner.cap(name))
 
     def _is_urgent(self, seq: Sequence) -> bool:
         return self._paced and self._planner.is_guarded(seq)

@@ -35,9 +35,9 @@ class Places:
         """Those that wait in a level, which are in order of their keys."""
         return sorted(waiting, key=self.turn) if self._behind else waiting
 
-    def may_start(self, seq: Sequence, num_running: int, cap: int) -> bool:
-        """Whether there is a place for it, where so many of its class run and `cap` may."""
-        return seq.promoted or num_running < cap or self._vacant[seq.slo.name] > 0
+    def are_left(self, name: str, num_running: int, cap: int) -> bool:
+        """Whether a class of which so many run, and `cap` may, has one for another."""
+        return num_running < cap or self._vacant[name] > 0
 
     def note_start(self, seq: Sequence) -> None:
         """It has started."""

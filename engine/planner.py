@@ -147,9 +147,9 @@ class Planner:
     def is_guarded(self, seq: Sequence) -> bool:
         return seq.slo.name in self._guarded
 
-    def cap(self, seq: Sequence) -> int:
-        """How many of its class may run without costing each other their pace."""
-        return self.paces[seq.slo.name].cap if self._config.paced else self._config.max_num_seqs
+    def cap(self, name: str) -> int:
+        """How many of a class may run without costing each other their pace."""
+        return self.paces[name].cap if self._config.paced else self._config.max_num_seqs
 
     def _limit(self, running: List[Sequence], generating: List[Sequence], now: float, start: float) -> float:
         if not self._config.paced:

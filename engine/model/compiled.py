@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -115,6 +116,14 @@ def is_cached(dtype: torch.dtype, int8: bool) -> bool:
 def head_is_cached(dtype: torch.dtype) -> bool:
     """Whether code for an EAGLE head of a verifier of this type is on disk."""
     return _mark(dtype, HAS_INT8_DOT, "-head").exists()
+
+
+def compile_elsewhere(dtype: torch.dtype, what: str) -> None:
+    """Puts code on disk by this module as a program, in a process of its own. RuntimeError says what it says at its end."""
+    command = [sys.executable, "-m", "tailserve.engine.model.compiled", str(dtype).removeprefix("torch."), what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
 
 
 def _mark(dtype: torch.dtype, int8: bool, what: str = "") -> Path:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -16,7 +15,7 @@ from transformers import AutoConfig
 
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.model.avx512 import HAS_INT8_DOT
-from tailserve.engine.model.compiled import head_is_cached
+from tailserve.engine.model.compiled import compile_elsewhere, head_is_cached
 from tailserve.engine.model.eagle import EagleHead, load_eagle
 from tailserve.engine.model.eagle_compiled import CompiledHead, can_compile_head
 from tailserve.engine.model.eagle_drafter import WINDOW, EagleDrafter, HeadModel
@@ -65,8 +64,7 @@ def make_head_model(
     compiles = wanted and can_compile_head(head, embedding.dtype, options.block_size)
     if compiles and not head_is_cached(embedding.dtype):
         logger.info("the draft's code is being compiled for the next start; until then PyTorch runs it")
-        kind = str(embedding.dtype).removeprefix("torch.")
-        subprocess.Popen([sys.executable, "-m", "tailserve.engine.model.compiled", kind, "head"])
+        threading.Thread(target=_compile_head, args=(embedding.dtype,), name="head compiler", daemon=True).start()
     elif compiles:
         return CompiledHead(
             head,
@@ -86,6 +84,13 @@ def make_head_model(
     options = msgspec.structs.replace(options, attention_backend=options.attention_backend.replace("compiled", "auto"))
     backend = choose_backend(options, embedding.device, embedding.dtype)
     return TorchHead(head, embedding, rows, backend, num_blocks=num_blocks, block_size=options.block_size, window=WINDOW)
+
+
+def _compile_head(dtype: torch.dtype) -> None:
+    try:
+        compile_elsewhere(dtype, "head")
+    except RuntimeError as error:
+        logger.warning("the draft's code could not be compiled, so PyTorch goes on: %s", error)
 
 
 def borrowed_weights(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

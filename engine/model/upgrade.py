@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tailserve.engine.model.compiled import DecoderSettings, compile_model
+from tailserve.engine.model.compiled import DecoderSettings, compile_elsewhere, compile_model
 from tailserve.engine.model.decoder import CompiledDecoder
 from tailserve.engine.model.paged import PagedModel, TransformersModel
 from tailserve.engine.model.spans import Span
@@ -96,15 +94,11 @@ class UpgradingModel:
             # This thread's share: a second team of threads would take the cores from the model's.
             torch.set_num_threads(1)
             model, expected = read()
-            kind = str(model.dtype).removeprefix("torch.")
-            command = [sys.executable, "-m", "tailserve.engine.model.compiled", kind, "int8" if settings.int8 else "none"]
-            subprocess.run(command, check=True, capture_output=True)
+            compile_elsewhere(model.dtype, "int8" if settings.int8 else "none")
             if numba.threading_layer() == "workqueue":  # type: ignore[attr-defined]
                 # The only one that two threads cannot use at once: the check of the new decoder would end the process.
                 logger.info("the compiled decoder serves from the next start on; with libgomp installed it could at once")
                 return
             self._ready = compile_model(model, settings, expected)
-        except subprocess.CalledProcessError as error:
-            logger.warning("compiling failed, so transformers' own modules go on: %s", error.stderr.decode()[-2000:])
         except Exception:
             logger.exception("compiling failed, so transformers' own modules go on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tailserve.engine.distill.job import borrow, new_head
 from tailserve.engine.distill.unroll import unroll
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import ConfigError
+from tailserve.engine.model import eagle_loading
 from tailserve.engine.model.avx512 import HAS_INT8_DOT
 from tailserve.engine.model.combined_drafter import CombinedDrafter
 from tailserve.engine.model.eagle import EagleConfig, EagleHead, load_eagle
@@ -155,6 +157,25 @@ def test_the_compiled_head_says_what_pytorch_says(dtype: torch.dtype, int8: bool
         scale = 0.1 if int8 else 0.05 if dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(out, want, rtol=scale, atol=scale * want.std().item())
         torch.testing.assert_close(logits, scores, rtol=scale, atol=scale * scores.std().item())
+
+
+def test_a_head_whose_code_is_not_on_disk_runs_and_says_if_compiling_fails(
+    head: EagleHead, tiny_llama: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(eagle_loading, "can_compile_head", lambda *_: True)
+    monkeypatch.setattr(eagle_loading, "head_is_cached", lambda _: False)
+    monkeypatch.setattr(eagle_loading, "compile_elsewhere", fail)
+    embedding, rows = borrowed_weights(Path(tiny_llama), torch.float32)
+    options = LoadOptions(path=tiny_llama, block_size=8, num_threads=1)
+    model = make_head_model(head, embedding, rows, options, num_blocks=20, max_model_len=64)
+    for thread in threading.enumerate():
+        if thread.name == "head compiler":
+            thread.join(10)
+    assert isinstance(model, TorchHead)
+    assert "the disk is full" in caplog.text
 
 
 def test_a_gap_begins_a_row_anew_and_missing_states_mean_no_draft(tiny_llama: str, head: EagleHead) -> None:

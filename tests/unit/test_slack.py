@@ -208,3 +208,15 @@ def test_what_is_aimed_at_follows_how_near_answers_came() -> None:
 def test_nothing_is_in_a_hurry_before_step_times_are_known() -> None:
     seq = Sequence(make_request([1]), CRITICAL, 0.0, Key(0, False, 0.0, 1), 1000)
     assert hurry([seq], AIM * CRITICAL.ttft_s, StepTimes(())) == 0.0
+
+
+def test_those_who_may_not_start_keep_nobody_else_out() -> None:
+    """Two classes of one priority: of the first, steps of its pace hold ten, and more wait than there are places."""
+    slow, quick = (SloClass(name=name, priority=10, ttft_s=5.0, tpot_s=tpot_s) for name, tpot_s in (("a", 0.02), ("b", 1.0)))
+    run = Run(classes=(CRITICAL, slow, quick))
+    first = add_all(run, "a", 100, 4, 200)
+    run.run(lambda: run.now > 1.0)
+    second = add_all(run, "b", 4, 4, 20)
+    run.run(generating(run, second))
+    assert max(map(run.ttft, second)) < 1.0
+    assert sum(not run.times[request.id] for request in first) > 64, "there was no line"
