@@ -130,8 +130,8 @@ class VerifierExecutor:
         self._load_timeout_s = load_timeout_s
         self._step_timeout_s = step_timeout_s
         self._max_restarts = max_restarts
-        self._waiting_since: float | None = None
-        """Since when the oldest step has been waited for."""
+        self._waited_s = 0.0
+        """For the oldest step, as far as this process ran: where it was stopped, its verifier was stopped, too."""
 
     def start(self) -> ModelInfo:
         """Starts all ranks. Raises what `ModelProcess.start` raises at the first of them that does."""
@@ -174,22 +174,21 @@ class VerifierExecutor:
         channel = self.processes[0].channel
         assert channel is not None
         now = time.monotonic()
-        if self._waiting_since is None:
-            self._waiting_since = now
         until = math.inf if timeout_s is None else now + timeout_s
         while (result := channel.receive(max(min(POLL_S, until - now), 0.0))) is None:
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            self._waited_s += min(now - before, 2 * POLL_S)
             if self.lost:
                 raise ExecutorLostError("a verifier process ended in a step")
-            if now - self._waiting_since > self._step_timeout_s:
+            if self._waited_s > self._step_timeout_s:
                 raise ExecutorLostError(f"the verifier did not answer within {self._step_timeout_s:g} s")
             if now >= until:
                 return None
-        self._waiting_since = None
+        self._waited_s = 0.0
         return result
 
     def restart(self) -> None:
-        self._waiting_since = None
+        self._waited_s = 0.0
         for attempt in range(1, self._max_restarts + 1):
             self.stop()
             try:
