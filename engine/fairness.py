@@ -39,6 +39,7 @@ class FairShares:
         """Tenant to what its open requests were charged."""
         self._credit: dict[str, float] = {}
         """Tenant to its credit; those that are not here have a burst."""
+        self._debtors: frozenset[str] | None = None
         self._usual = FIRST_GUESS
         self._usual_charge = OUTPUT_WEIGHT * FIRST_GUESS
 
@@ -52,6 +53,7 @@ class FairShares:
         self._owed[tenant] += charge
         self._usual_charge += RECENT * (charge - self._usual_charge)
         self._credit[tenant] = self.credit(tenant) - charge
+        self._debtors = None
         return tag, charge
 
     @property
@@ -68,12 +70,21 @@ class FairShares:
         """In tokens; less than 0 where it is spent."""
         return self._credit.get(tenant, self.burst)
 
+    @property
+    def debtors(self) -> frozenset[str]:
+        """Of those with requests that have not ended, who is in debt by more than a burst; nobody if all are."""
+        if self._debtors is None:
+            found = frozenset(tenant for tenant in self._open if self.credit(tenant) < -self.burst)
+            self._debtors = found if len(found) < len(self._open) else frozenset()
+        return self._debtors
+
     def start(self, tag: float) -> None:
         """The request with this tag runs; may be said again."""
         self._now = max(self._now, tag)
 
     def end(self, tenant: str, charge: float, num_prompt: int, num_output: int) -> None:
         """A request ends, with so many tokens computed."""
+        self._debtors = None
         self._usual += RECENT * (num_output - self._usual)
         served = num_prompt + OUTPUT_WEIGHT * num_output
         self._settle(tenant, charge, served)

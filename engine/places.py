@@ -31,6 +31,10 @@ class Places:
         waits = seq.row is None and not seq.promoted
         return waits and (seq.slo.name, seq.request.tenant) in self._behind, seq.key
 
+    def is_in_debt(self, seq: Sequence) -> bool:
+        """Whether its tenant is, beside others that are not."""
+        return seq.request.tenant in self._shares[seq.slo.name].debtors
+
     def in_turn(self, waiting: list[Sequence]) -> list[Sequence]:
         """Those that wait in a level, which are in order of their keys."""
         return sorted(waiting, key=self.turn) if self._behind else waiting

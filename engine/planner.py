@@ -18,6 +18,9 @@ UNTRIED_MOVES = 16
 """Blocks that a step loads of a sequence while it is not known how long that takes."""
 MOST_MOVING_S = 1.0
 """What loading may take of a step where nothing else limits it."""
+IN_DEBT = 0.85
+"""Of what those that generate can bear, how long prompts of tenants in debt may make a step: there is always one of these to
+read, and each step of the others would be as long as they can bear."""
 
 
 class StepPlan:
@@ -30,15 +33,17 @@ class StepPlan:
         *,
         limit_s: float,
         reading_s: float,
+        in_debt_s: float,
         max_tokens: int,
         max_prompt_tokens: int,
     ) -> None:
-        """`reading_s`: how long the step may become by prompts. `max_tokens`, and of these `max_prompt_tokens` of prompts:
-        whatever the time. What it moves from and to `host` takes time, too."""
+        """`reading_s`: how long the step may become by prompts; `in_debt_s`: by those of tenants in debt. `max_tokens`, and
+        of these `max_prompt_tokens` of prompts: whatever the time. What it moves from and to `host` takes time, too."""
         self._times = times
         self._host = host
         self.limit_s = limit_s
         self.reading_s = reading_s
+        self.in_debt_s = in_debt_s
         self.tokens_left = max_tokens
         self.prompt_tokens_left = max_prompt_tokens
         self.loads = False
@@ -129,17 +134,20 @@ class Planner:
         if generating:
             prompts = min(prompts, max(config.max_mixed_tokens - len(generating), config.max_mixed_tokens // 2))
         limit = self._limit(running, generating, now, start)
-        reading = limit
+        reading = in_debt = limit
         if config.paced and generating:
             # Prompts shall not make a step longer than those that generate in it can bear, or not by much.
             alone = self._times.predict(len(generating), excess=sum(seq.num_scheduled + 1 - CONTEXT for seq in generating))
             bearable = min(seq.aimed_s for seq in generating)
-            reading = min(limit, max(bearable, PROGRESS * (alone or 0.0)))
+            least = PROGRESS * (alone or 0.0)
+            reading = min(limit, max(bearable, least))
+            in_debt = min(limit, max(IN_DEBT * bearable, least))
         return StepPlan(
             self._times,
             host,
             limit_s=limit,
             reading_s=reading,
+            in_debt_s=in_debt,
             max_tokens=config.max_num_batched_tokens,
             max_prompt_tokens=prompts,
         )

@@ -109,3 +109,28 @@ def test_who_gave_up_its_place_does_not_find_it_again_before_others_had_it(more:
     assert run.engine.stats.preemptions <= 10
     run.run()
     assert all(len(run.times[request.id]) == 150 for request in loud)
+
+
+@pytest.mark.parametrize("tenant", ["quiet", "loud"])
+def test_prompts_of_a_tenant_that_sends_too_much_leave_others_more_than_they_can_just_bear(tenant: str) -> None:
+    run = Run(classes=(CRITICAL, SloClass(name="normal", priority=10, ttft_s=5.0, tpot_s=0.1, speculation="off")))
+    first = add_all(run, "normal", 4, 4, 60, tenant=tenant)
+    run.run(generating(run, first))
+    loud = add_all(run, "normal", 60, 300, 4, tenant="loud")
+    run.run(lambda: all(len(run.times[request.id]) == 60 for request in first))
+    # They can bear 80 ms.
+    pace = max(run.tpot(request) for request in first)
+    assert (pace < 0.87 * 0.08) == (tenant == "quiet"), f"{pace:.3f} s a token"
+    run.run()
+    assert all(len(run.times[request.id]) == 4 for request in loud)
+
+
+def test_where_all_are_in_debt_nobody_is() -> None:
+    shares = FairShares(64)
+    charges = [shares.enter("a", 100, 50)[1] for _ in range(100)]
+    assert shares.debtors == frozenset()
+    shares.enter("b", 100, 50)
+    assert shares.debtors == {"a"}
+    for charge in charges:
+        shares.end("a", charge, 100, 50)
+    assert shares.debtors == frozenset()
