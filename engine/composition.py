@@ -7,11 +7,11 @@ from collections.abc import Sequence as List
 from heapq import merge
 from itertools import islice
 
-from tailserve.engine import slo
+from tailserve.engine import line, slo
 from tailserve.engine.cost import StepTimes
 from tailserve.engine.places import Places
 from tailserve.engine.planner import Planner, StepPlan
-from tailserve.engine.residency import Residency, begin_of_level, place_in_line
+from tailserve.engine.residency import Residency
 from tailserve.engine.scheduled import Scheduled
 from tailserve.engine.sequence import Sequence
 
@@ -29,7 +29,10 @@ class Composition:
     def __init__(self, planner: Planner, residency: Residency, places: Places, times: StepTimes) -> None:
         self._most = residency.config.max_num_seqs
         self._paced = residency.config.paced
-        self._classes = [some.name for some in residency.config.classes]
+        self._by_level: dict[int, set[str]] = {}
+        """Level to the names of its classes."""
+        for some in residency.config.classes:
+            self._by_level.setdefault(some.priority, set()).add(some.name)
         self._most_urgent = min(some.priority for some in residency.config.classes)
         self._planner = planner
         self._residency = residency
@@ -46,14 +49,14 @@ class Composition:
         self._admitting = True
         self._num_running = Counter(seq.slo.name for seq in residency.running)
         held_back: list[Sequence] = []
-        levels = _levels(residency.running, residency.waiting)
+        levels = line.levels(residency.running, residency.waiting)
         first = next((level for level in levels if level >= self._most_urgent), None)
         # One that had waited for too long comes before all classes: it has a place, but of a step what the first leaves it.
         if residency.waiting and residency.waiting[0].promoted:
             self._start(residency.waiting[0], residency.waiting[:1])
         levels.sort(key=lambda level: (level != first, level))
         for level in levels:
-            running = _of_level(residency.running, level)
+            running = line.of_level(residency.running, level)
             prompts = [seq for seq in running if seq.num_pending > 1 or seq.awaits_prefix]
             generating = [seq for seq in running if seq.num_pending == 1 and not seq.awaits_prefix]
             # Those that lose their place in this step shall not find it again in the same.
@@ -71,10 +74,13 @@ class Composition:
 
     def _first_waiting(self, level: int) -> list[Sequence]:
         """As many of those that wait in a level and may start as a step could take, in line."""
-        # Once for each class: behind one that is full there may be thousands.
-        full = {name for name in self._classes if not self._has_place(name)}
-        line = self._places.in_turn(_of_level(self._residency.waiting, level))
-        return list(islice((seq for seq in line if seq.promoted or seq.slo.name not in full), self._most))
+        # Once for each class: behind one that is full there may be thousands. Who is promoted has a level of its own.
+        classes = self._by_level.get(level, set())
+        full = {name for name in classes if not self._has_place(name)}
+        if full and full == classes:
+            return []
+        waiting = self._places.in_turn(line.of_level(self._residency.waiting, level))
+        return list(islice((seq for seq in waiting if seq.slo.name not in full), self._most))
 
     def _generate(self, plan: StepPlan, seqs: list[Sequence], share: float, *, sure: bool) -> list[Sequence]:
         """Adds sequences that generate, as far as there is time; returns those for which there is none. For guarded ones
@@ -95,7 +101,7 @@ class Composition:
 
     def _take(self, plan: StepPlan, seqs: List[Sequence]) -> None:
         # In line, so that whoever yields a block to another is behind it.
-        for seq in sorted(seqs, key=place_in_line):
+        for seq in sorted(seqs, key=line.place_in_line):
             if seq.row is not None and self._residency.extend(seq, seq.num_scheduled + 1, self._new_blocks):
                 self._work.append(Scheduled(seq, seq.row, seq.num_scheduled, 1, samples=True, drafts=[], proposed=[]))
                 plan.add_generating(seq)
@@ -162,18 +168,3 @@ class Composition:
             samples = count == seq.num_pending
             self._work.append(Scheduled(seq, seq.row, seq.num_scheduled, count, samples, drafts=[], proposed=[]))
             plan.add_prompt(seq, count, sampled=samples)
-
-
-def _levels(*lines: list[Sequence]) -> list[int]:
-    """The levels of all lines, most urgent first."""
-    found = set()
-    for line in lines:
-        index = 0
-        while index < len(line):
-            found.add(level := line[index].key.level)
-            index = begin_of_level(line, level + 1)
-    return sorted(found)
-
-
-def _of_level(line: list[Sequence], level: int) -> list[Sequence]:
-    return line[begin_of_level(line, level) : begin_of_level(line, level + 1)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tailserve.engine.cost import StepTimes
-from tailserve.engine.residency import begin_of_level
+from tailserve.engine.line import begin_of_level
 from tailserve.engine.scheduler import Scheduler
 from tailserve.engine.types import SloClass
 

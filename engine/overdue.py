@@ -7,7 +7,8 @@ from collections.abc import Collection
 from tailserve.engine import slo
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.cost import StepTimes
-from tailserve.engine.residency import Residency, begin_of_level
+from tailserve.engine.line import begin_of_level
+from tailserve.engine.residency import Residency
 from tailserve.engine.sequence import Sequence
 
 SEARCH_S = 0.5
@@ -79,4 +80,4 @@ class Overdue:
             self.restore(seq)
 
     def _is_spared(self, seq: Sequence) -> bool:
-        return self._residency.queued[seq.slo.name, seq.request.tenant] < self._few[seq.slo.name]
+        return self._residency.queued[seq.group] < self._few[seq.slo.name]

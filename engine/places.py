@@ -28,8 +28,10 @@ class Places:
 
     def turn(self, seq: Sequence) -> tuple[bool, Key]:
         """The sort key of those that run or wait to run, within a level."""
-        waits = seq.row is None and not seq.promoted
-        return waits and (seq.slo.name, seq.request.tenant) in self._behind, seq.key
+        return self._is_behind(seq), seq.key
+
+    def _is_behind(self, seq: Sequence) -> bool:
+        return seq.row is None and not seq.promoted and seq.group in self._behind
 
     def is_in_debt(self, seq: Sequence) -> bool:
         """Whether its tenant is, beside others that are not."""
@@ -37,7 +39,7 @@ class Places:
 
     def in_turn(self, waiting: list[Sequence]) -> list[Sequence]:
         """Those that wait in a level, which are in order of their keys."""
-        return sorted(waiting, key=self.turn) if self._behind else waiting
+        return sorted(waiting, key=self._is_behind) if self._behind else waiting
 
     def are_left(self, name: str, num_running: int, cap: int) -> bool:
         """Whether a class of which so many run, and `cap` may, has one for another."""
@@ -56,9 +58,10 @@ class Places:
             self._vacant.clear()
             return
         asked, mine = ({name: Counter[str]() for name in caps} for _ in range(2))
-        for line, counts in ((residency.waiting, asked), (residency.running, mine)):
-            for seq in line:
-                counts[seq.slo.name][seq.request.tenant] += 1
+        for (name, tenant), count in residency.num_waiting.items():
+            asked[name][tenant] = count
+        for seq in residency.running:
+            mine[seq.slo.name][seq.request.tenant] += 1
         free = residency.config.max_num_seqs - len(residency.running)
         for name in several:
             left = min(max(caps[name] - mine[name].total(), 0), free)

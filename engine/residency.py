@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Mapping
 
+from tailserve.engine import line
 from tailserve.engine.blocks import BlockPool
 from tailserve.engine.config import EngineConfig
 from tailserve.engine.host_tier import HostTier
 from tailserve.engine.sequence import Key, Sequence
 from tailserve.engine.stats import EngineStats
 from tailserve.engine.types import RowJoin
-
-
-def place_in_line(seq: Sequence) -> Key:
-    """The sort key of both lines."""
-    return seq.key
-
-
-def begin_of_level(line: list[Sequence], level: int) -> int:
-    """Index of a line's first sequence that is of `level` or behind it."""
-    return bisect_left(line, Key(level, late=False, tag=float("-inf"), number=-1), key=place_in_line)
 
 
 class Residency:
@@ -42,8 +32,10 @@ class Residency:
         )
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
+        self.num_waiting: Counter[tuple[str, str]] = Counter()
+        """Class and tenant to sequences that wait."""
         self.queued: Counter[tuple[str, str]] = Counter()
-        """Class and tenant to sequences that have not started yet."""
+        """Class and tenant to those of them that have not started yet."""
         self.started: Counter[str] = Counter()
         """Class to sequences that have."""
         self.joins: list[RowJoin] = []
@@ -52,31 +44,33 @@ class Residency:
 
     def enter(self, seq: Sequence) -> None:
         """Puts a new sequence in line."""
-        insort(self.waiting, seq, key=place_in_line)
-        self.queued[seq.slo.name, seq.request.tenant] += 1
+        self._line_up(seq)
+        self.queued[seq.group] += 1
 
     def remove(self, seq: Sequence) -> None:
         """Takes a sequence out of its line; its blocks are free on return."""
         self._release_kept(seq)
-        if seq.row is None:
-            del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
-            if seq.num_cached is None:
-                self._dequeue(seq)
-        else:
+        if seq.row is not None:
             self._leave(seq)
+            return
+        self._step_out(seq)
+        if seq.num_cached is None:
+            _decrement(self.queued, seq)
 
-    def _dequeue(self, seq: Sequence) -> None:
-        name = seq.slo.name, seq.request.tenant
-        self.queued[name] -= 1
-        if not self.queued[name]:
-            del self.queued[name]
+    def _line_up(self, seq: Sequence) -> None:
+        line.enter(self.waiting, seq)
+        self.num_waiting[seq.group] += 1
+
+    def _step_out(self, seq: Sequence) -> None:
+        line.leave(self.waiting, seq)
+        _decrement(self.num_waiting, seq)
 
     def move(self, seq: Sequence, key: Key) -> None:
         """Gives a sequence another place in its line."""
-        line = self.waiting if seq.row is None else self.running
-        del line[bisect_left(line, seq.key, key=place_in_line)]
+        mine = self.waiting if seq.row is None else self.running
+        line.leave(mine, seq)
         seq.key = key
-        insort(line, seq, key=place_in_line)
+        line.enter(mine, seq)
 
     def preempt(self, seq: Sequence) -> None:
         """Takes a running sequence's row and blocks. It keeps its tokens, its place in line, and what there is room for in
@@ -89,7 +83,7 @@ class Residency:
         self.host.keep(seq.hashes[: seq.num_kept])
         self.host.release(seq.hashes[:before])
         self._leave(seq)
-        insort(self.waiting, seq, key=place_in_line)
+        self._line_up(seq)
 
     def evacuate(self) -> None:
         """Rows and KV are lost: every running sequence goes back in line, to be computed again."""
@@ -111,8 +105,18 @@ class Residency:
         staying = [seq for seq in self.running if seq.num_pending]
         free = self.config.max_num_seqs - len(staying)
         running = Counter(seq.slo.name for seq in staying)
-        for seq in self.waiting[:]:
-            if running[seq.slo.name] >= caps[seq.slo.name] and not seq.promoted:
+        classes = self.config.classes
+        place = 0
+        while place < len(self.waiting):
+            seq = self.waiting[place]
+            level = seq.key.level
+            full = running[seq.slo.name] >= caps[seq.slo.name] and not seq.promoted
+            if full and all(running[slo.name] >= caps[slo.name] for slo in classes if slo.priority == level):
+                # Of those behind it there may be thousands.
+                place = line.begin_of_level(self.waiting, level + 1)
+                continue
+            place += 1
+            if full:
                 continue
             if free == 0:
                 if not staying or not _outranks(seq, staying[-1]):
@@ -144,7 +148,7 @@ class Residency:
                 return False
             self.preempt(self.running[-1])
             cached = self.pool.match(hashes)
-        del self.waiting[bisect_left(self.waiting, seq.key, key=place_in_line)]
+        self._step_out(seq)
         # What is in the second tier is loaded as fast as the steps have time for it.
         here = cached[: cached.index(None)] if None in cached else cached
         seq.num_found = len(cached) * size
@@ -152,13 +156,13 @@ class Residency:
         self.pool.acquire(seq.block_ids)
         self._reserve(seq, self.pool.count_needed(len(cached) - len(here), cached[len(here) :]))
         seq.row, self._next_row = self._next_row, self._next_row + 1
-        insort(self.running, seq, key=place_in_line)
+        line.enter(self.running, seq)
         self.stats.prefix_cache_queries += len(seq.token_ids)
         if len(here) == len(cached):
             self._release_kept(seq)
         if seq.num_cached is None:
             seq.num_cached = seq.num_found
-            self._dequeue(seq)
+            _decrement(self.queued, seq)
             self.started[seq.slo.name] += 1
             self.stats.prompt_tokens += seq.prompt_len
         self._note_found(seq, len(seq.block_ids))
@@ -251,10 +255,11 @@ class Residency:
         reserved = sum(seq.num_reserved for seq in self.running)
         self.pool.check_integrity((seq.block_ids for seq in self.running), reserved)
         assert len(self.running) <= self.config.max_num_seqs, "more sequences run than there are slots"
-        for name, line in (("running", self.running), ("waiting", self.waiting)):
-            assert line == sorted(line, key=place_in_line), f"{name} sequences are out of order"
-        queued = Counter((seq.slo.name, seq.request.tenant) for seq in self.waiting if seq.num_cached is None)
-        assert self.queued == queued, f"{self.queued} queued by count, {queued} in line"
+        for name, some in (("running", self.running), ("waiting", self.waiting)):
+            assert some == sorted(some, key=line.place_in_line), f"{name} sequences are out of order"
+        waiting = Counter(seq.group for seq in self.waiting)
+        queued = Counter(seq.group for seq in self.waiting if seq.num_cached is None)
+        assert (self.num_waiting, self.queued) == (waiting, queued), f"{self.num_waiting}, {self.queued} by count in line"
         for seq in self.running:
             assert seq.row is not None, "a running sequence has no row"
             assert 0 <= seq.num_computed < len(seq.token_ids), "a sequence is computed past its last token"
@@ -274,7 +279,7 @@ class Residency:
 
     def _leave(self, seq: Sequence) -> None:
         assert seq.row is not None
-        del self.running[bisect_left(self.running, seq.key, key=place_in_line)]
+        line.leave(self.running, seq)
         self.leaves.append(seq.row)
         # The verifier takes leaves in first: a row that came and went in between would stay.
         self.joins = [join for join in self.joins if join.row != seq.row]
@@ -283,6 +288,12 @@ class Residency:
         self._reserve(seq, 0)
         seq.row = seq.token_s = None
         seq.num_computed = seq.num_scheduled = seq.num_sampling = seq.num_registered = 0
+
+
+def _decrement(counts: Counter[tuple[str, str]], seq: Sequence) -> None:
+    counts[seq.group] -= 1
+    if not counts[seq.group]:
+        del counts[seq.group]
 
 
 def _outranks(seq: Sequence, other: Sequence) -> bool:

@@ -148,6 +148,11 @@ class Sequence:
         self.root = root_hash(f"{epoch}:{scope}" if epoch else scope, request.adapter)
 
     @property
+    def group(self) -> tuple[str, str]:
+        """Its class and its tenant."""
+        return self.slo.name, self.request.tenant
+
+    @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
 
