@@ -120,8 +120,15 @@ def readings(engine: Engine) -> Iterator[Reading]:
     for place, count in enumerate(stats.accepted_by_position.copy()):
         where = (("position", str(place)),)
         yield Reading("spec_decode_num_accepted_tokens_per_pos", "The same by their place in a draft, from 0", count, where)
+    yield Reading("spec_decode_num_foreseen_drafts", "Drafts prepared while the verifier worked", stats.foreseen_drafts)
+    yield Reading("spec_decode_foresight_hits", "Times that one of them was what was asked for next", stats.foresight_hits)
+    yield Reading("spec_decode_foresight_misses", "Times that none was", stats.foresight_misses)
+    yield Reading("draft_seconds", "Time the draft spent", stats.draft_seconds)
     yield Reading("draft_timeouts", "Steps that the draft was too late for", stats.draft_timeouts)
     yield Reading("executor_restarts", "Verifiers started anew", stats.executor_restarts)
+    for quantile, error in zip(("0.5", "0.99"), engine.prediction_errors(), strict=True):
+        where = (("quantile", quantile),)
+        yield Reading("step_time_error_ratio", "How far off predicted step times were lately", error, where, counter=False)
     yield Reading("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1", gauges.kv_cache_usage, counter=False)
     yield Reading("host_kv_cache_usage_perc", "The same of the second tier's", gauges.host_kv_cache_usage, counter=False)
     # The engine's thread goes on, and its lists change.

@@ -62,6 +62,8 @@ async def test_every_answer_counts_once_by_its_class_and_whether_it_was_in_time(
     parts = [found[f"request_{name}_time_seconds_sum", "normal"] for name in ("queue", "prefill", "decode")]
     assert 0 < sum(parts) <= found["e2e_request_latency_seconds_sum", "normal"]
     assert found["kv_cache_usage_perc", "back"] == 0
+    assert 0 <= found["step_time_error_ratio", "back"] < math.inf
+    assert found["spec_decode_foresight_hits_total", "back"] == found["spec_decode_foresight_misses_total", "back"] == 0
 
 
 async def test_who_leaves_says_nothing_of_the_pace(counted: Edge) -> None:
