@@ -4,7 +4,8 @@ Run: python tests/benchmarks/early_stopping.py [--prompts 100] [--tokens 384] [-
 
 Answers are generated once without any heuristic (greedily, in process), then read token by token through each heuristic by
 itself. "Loops" are prompts that make the model repeat itself, "chat" ordinary ones. "Mid-sentence" counts answers cut
-where no sentence, line or code block had ended.
+where no sentence, line or code block had ended, though one would have; "endless" those whose rest has no such end, either:
+cycles that the limit of tokens would cut in mid-sentence, too.
 """
 
 from __future__ import annotations
@@ -97,6 +98,13 @@ def read(text: TextModel, config: EarlyStopConfig, answer: list[tuple[int, float
     return len(answer), shown, None
 
 
+def _has_end(text: TextModel, rest: list[tuple[int, float | None]]) -> bool:
+    """Whether what was cut off would have come to an end of any kind."""
+    ids = [token_id for token_id, _ in rest]
+    said = text.decode(ids)
+    return any(mark in said for mark in FINISHED) or not set(ids).isdisjoint(text.eos_token_ids)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=100)
@@ -114,7 +122,11 @@ def main() -> None:
             total = sum(map(len, group))
             read_out = [read(text, config, answer) for answer in group]
             cut = [(shown, reason) for _, shown, reason in read_out if reason]
-            middle = [shown for shown, _ in cut if not shown.rstrip(" ").endswith(FINISHED)]
+            unfinished = [
+                _has_end(text, answer[count:])
+                for answer, (count, shown, reason) in zip(group, read_out, strict=True)
+                if reason and not shown.rstrip(" ").endswith(FINISHED)
+            ]
             saved = 100 * (1 - sum(count for count, _, _ in read_out) / total)
             rows.append(
                 {
@@ -123,7 +135,8 @@ def main() -> None:
                     "answers": len(group),
                     "cut": len(cut),
                     "saved_%": saved,
-                    "mid-sentence": len(middle),
+                    "mid-sentence": sum(unfinished),
+                    "endless": len(unfinished) - sum(unfinished),
                 }
             )
             for shown, reason in cut if args.show else ():
