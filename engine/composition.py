@@ -115,7 +115,8 @@ class Composition:
             if not known and not self._may_start(seq):
                 continue
             urgent = self._is_urgent(seq)
-            limit = urgent_s if urgent else plan.in_debt_s if self._places.is_in_debt(seq) else plan.reading_s
+            reading_s = plan.in_debt_s if self._places.is_in_debt(seq) else plan.reading_s
+            limit = urgent_s if urgent else reading_s
             if promised := self._is_promised(seq):
                 limit = max(limit, plan.seconds + PROMISED_SHARE * PROMISED_S)
             wanted = self._wanted(seq) if known else 1

@@ -40,6 +40,7 @@ class FairShares:
         self._credit: dict[str, float] = {}
         """Tenant to its credit; those that are not here have a burst."""
         self._debtors: frozenset[str] | None = None
+        """See `debtors`, which each prompt of a step asks for; None where credit has changed since."""
         self._usual = FIRST_GUESS
         self._usual_charge = OUTPUT_WEIGHT * FIRST_GUESS
 

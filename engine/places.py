@@ -76,7 +76,7 @@ class Places:
         givers = {tenant for tenant in credit if credit[tenant] <= -2 * shares.burst}
         if not takers or not givers:
             return False
-        self._behind.update((name, tenant) for tenant in credit if credit[tenant] < -shares.burst)
+        self._behind.update((name, tenant) for tenant in shares.debtors)
         self._vacant[name] = min(self._vacant[name], free)
         # Prompts are read one after the other: of more places at once most would stand empty.
         most = max(int(AT_ONCE * mine.total()), 1)

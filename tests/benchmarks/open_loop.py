@@ -5,7 +5,7 @@ Run: tests/benchmarks/install_peers vllm, then
 
 A quarter of the requests is critical (60 tokens in, 48 out), the others are normal (200 in, 192 out). Loads are shares of
 what we complete when we are saturated, measured first, and the same for both servers; while one is measured the other is
-stopped. Each load lasts until so many critical requests have come, twice as many above capacity.
+stopped. Each load lasts as long as so many critical requests take to come on average, twice as many above capacity.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def main() -> None:
     parser.add_argument("--critical", type=int, default=100, help="critical requests at each load; twice as many above 1")
     parser.add_argument("--load", type=float, nargs="+", default=[0.5, 0.9, 2.0])
     parser.add_argument("--drain", type=float, default=1200.0, help="seconds that answers may take after the last arrival")
-    parser.add_argument("--peer-share", type=float, default=1.0, help="of each load's time, for the peer")
     parser.add_argument("--alone", action="store_true", help="without the peer")
     parser.add_argument("--flags", default="--speculation off --max-model-len 4096", help="of tailserve serve")
     parser.add_argument("--json", type=Path)
@@ -97,8 +96,7 @@ def main() -> None:
             rate = load * able
             seconds = args.critical * (2 if load > 1 else 1) / (CRITICAL.share * rate)
             for server in servers if number % 2 == 0 else servers[::-1]:
-                length = seconds if server is ours else args.peer_share * seconds
-                some, group = asyncio.run(measure(server, rate, f"{load:g}", length, number, args.drain))
+                some, group = asyncio.run(measure(server, rate, f"{load:g}", seconds, number, args.drain))
                 rows += some
                 groups |= group
                 print(table(some, COLUMNS), flush=True)
