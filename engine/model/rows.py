@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ class Row:
 
     token_ids: list[int]
     prompt_len: int
-    block_ids: list[int]
+    block_ids: array[int]
+    """Read at each step, at once."""
     sampling: SamplingParams
 
 
@@ -51,7 +53,7 @@ class Rows:
         for join in batch.joins:
             self._join(join)
         for number, blocks in batch.new_blocks.items():
-            self._rows[number].block_ids += blocks
+            self._rows[number].block_ids.extend(blocks)
         for number, start, length, samples in zip(batch.rows, batch.starts, batch.lengths, batch.samples, strict=True):
             row = self._rows[number]
             draft = batch.drafts.get(number, [])
@@ -60,4 +62,4 @@ class Rows:
             yield RowWork(number, row, start, token_ids, draft, branches, candidates, samples)
 
     def _join(self, join: RowJoin) -> None:
-        self._rows[join.row] = Row(list(join.token_ids), join.prompt_len, list(join.block_ids), join.sampling)
+        self._rows[join.row] = Row(list(join.token_ids), join.prompt_len, array("i", join.block_ids), join.sampling)

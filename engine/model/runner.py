@@ -75,6 +75,9 @@ class ModelRunner:
             if batch.branches:
                 strands += fork(self._model, work, self._spares)
             logits = self._model.forward([strand.span for strand in strands])
+            if logits.is_cuda and not len(logits):
+                # Nothing is read, and a step takes as long as its work, not its launch.
+                torch.cuda.current_stream(logits.device).synchronize()
             results = self._choose(strands, len(work), logits)
         if self._publish is not None and (batch.states or batch.leaves):
             states = self._states(results) if batch.states else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ class Span:
     start: int
     """Position of the first token; everything before it is in the cache."""
     block_ids: Sequence[int]
+    """An `array` is read fastest."""
     num_logits: int
     """Logits are wanted for this many tokens at the end."""
 
@@ -69,6 +71,7 @@ def wanted_tiles(batch: PackedSpans, counts: Array, width: int) -> tuple[Array, 
 def pack(spans: Sequence[Span], block_size: int) -> PackedSpans:
     """Lays spans side by side."""
     lengths = np.array([len(span.token_ids) for span in spans], np.int32)
+    counts = np.array([span.num_logits for span in spans], np.int32)
     starts = np.array([span.start for span in spans], np.int32)
     query_starts = np.zeros(len(spans) + 1, np.int32)
     np.cumsum(lengths, out=query_starts[1:])
@@ -78,14 +81,14 @@ def pack(spans: Sequence[Span], block_size: int) -> PackedSpans:
     owner = np.repeat(np.arange(len(spans)), lengths)
     positions = np.arange(len(owner)) - query_starts[owner] + starts[owner]
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    ends = query_starts[1:]
+    before = np.cumsum(counts) - counts
     return PackedSpans(
-        token_ids=np.concatenate([np.asarray(span.token_ids, np.int64) for span in spans]),
+        token_ids=np.fromiter(chain.from_iterable(span.token_ids for span in spans), np.int64, len(owner)),
         positions=positions.astype(np.int64),
         query_starts=query_starts,
         starts=starts,
         context_lens=starts + lengths,
         block_tables=tables,
         slots=slots,
-        wanted=np.concatenate([np.arange(end - span.num_logits, end) for end, span in zip(ends, spans, strict=True)]),
+        wanted=np.repeat(query_starts[1:] - counts - before, counts) + np.arange(counts.sum()),
     )
