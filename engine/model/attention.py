@@ -43,11 +43,11 @@ class PackedSequences:
     block_tables: npt.NDArray[np.int32]
     """[S, M]: block ids in order, padded with 0."""
     slots: torch.Tensor
-    """[T] int64, on the device: where each token's keys and values go, as block * block_size + offset."""
+    """[T] integers, on the device: where each token's keys and values go, as block * block_size + offset."""
     _device: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def place(self, tables: torch.Tensor, tiles: torch.Tensor) -> None:
-        """What is on the device already."""
+        """What is on the device already. `tables` may be of any shape, and longer."""
         self._device.update(tables=tables, tiles=tiles)
 
     def tables(self) -> torch.Tensor:
@@ -55,9 +55,13 @@ class PackedSequences:
         return self._once("tables", lambda: self.block_tables)
 
     def tiles(self, width: int) -> torch.Tensor:
-        """`spans.query_tiles` on the device, int32, likewise."""
-        starts = self.context_lens - np.diff(self.query_starts)
-        return self._once("tiles", lambda: query_tiles(self.query_starts, starts, width))
+        """`spans.query_tiles` on the device, int32, likewise; each with the place where its sequence's table begins."""
+
+        def make() -> npt.NDArray[Any]:
+            starts = self.context_lens - np.diff(self.query_starts)
+            return query_tiles(self.query_starts, starts, width) * (self.block_tables.shape[1], 1, 1, 1)
+
+        return self._once("tiles", make)
 
     def _once(self, name: str, make: Callable[[], npt.NDArray[Any]]) -> torch.Tensor:
         if name not in self._device:
@@ -96,6 +100,7 @@ class KVCache:
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys and values [T, kv_heads, head_dim] at `slots`."""
+        slots = slots.long()
         blocks, offsets = slots // self.block_size, slots % self.block_size
         self.keys[layer].transpose(1, 2)[blocks, offsets] = keys
         self.values[layer].transpose(1, 2)[blocks, offsets] = values

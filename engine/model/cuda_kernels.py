@@ -15,19 +15,20 @@ NOWHERE = tl.constexpr(-1e30)
 
 @triton.jit
 def attend_tiles(
-    query, keys, values, tables, tiles, sums, peaks, totals,
-    scaling, window, softcap, table_stride, num_tokens,
-    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    query, keys, values, tables, tiles, sums, peaks, totals, sinks, out,
+    scaling, window, softcap, num_tokens,
+    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WIDTH: tl.constexpr, ALONE: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one KV head over one of SPLITS parts of its context.
+    """One tile of queries of one KV head over one part of its context: program (tile, head, part).
 
-    query [T, heads, head_dim]; keys and values [blocks, kv_heads, block_size, head_dim]; tiles [N, 4] of sequence, first
-    token, tokens (0: nothing to do), position of the first token. Unscaled sums [SPLITS, T, heads, head_dim], and the peak
-    and the total of each row's softmax [SPLITS, T, heads], all float32. window 0 and softcap 0 are none.
+    query and out [T, heads, head_dim]; keys and values [blocks, kv_heads, block_size, head_dim]; tiles [N, 4] of where in
+    tables the sequence's begins, first token, tokens (0: nothing to do), position of the first token; sinks [heads]. With
+    one part (ALONE) rows of out; else unscaled sums [parts, T, heads, head_dim], and the peak and the total of each row's
+    softmax [parts, T, heads], all float32. window 0 and softcap 0 are none.
     """
-    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(tiles + tile * 4)
+    tile, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    table = tables + tl.load(tiles + tile * 4)
     first = tl.load(tiles + tile * 4 + 1)
     count = tl.load(tiles + tile * 4 + 2)
     position = tl.load(tiles + tile * 4 + 3)
@@ -43,8 +44,8 @@ def attend_tiles(
     x = tl.load(query + lines[:, None] * HEAD_DIM + columns[None, :], mask=alive[:, None] & wide[None, :], other=0.0)
     low = tl.where(window > 0, tl.maximum(position - window + 1, 0), 0) // KEYS * KEYS
     end = position + count
-    share = tl.cdiv(tl.cdiv(end - low, KEYS), SPLITS) * KEYS
-    begin = low + split * share
+    share = tl.cdiv(tl.cdiv(end - low, KEYS), tl.num_programs(2)) * KEYS
+    begin = low + part * share
     stop = tl.minimum(begin + share, end)
     peak = tl.full([ROWS], NOWHERE, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -52,7 +53,7 @@ def attend_tiles(
     for here in range(begin, stop, KEYS):
         places = here + tl.arange(0, KEYS)
         there = places < stop
-        block = tl.load(tables + sequence * table_stride + places // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
+        block = tl.load(table + places // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
         slot = ((block * KV_HEADS + head) * BLOCK_SIZE + places % BLOCK_SIZE) * HEAD_DIM
         inside = there[:, None] & wide[None, :]
         k = tl.load(keys + slot[:, None] + columns[None, :], mask=inside, other=0.0)
@@ -70,38 +71,46 @@ def attend_tiles(
         weighted = weighted * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total = total * decay + tl.sum(weights, 1)
         peak = higher
-    lines += split * num_tokens * KV_HEADS * GROUPS
-    tl.store(sums + lines[:, None] * HEAD_DIM + columns[None, :], weighted, mask=alive[:, None] & wide[None, :])
-    tl.store(peaks + lines, peak, mask=alive)
-    tl.store(totals + lines, total, mask=alive)
+    if ALONE:
+        if HAS_SINKS:
+            sink = tl.load(sinks + head * GROUPS + rows % GROUPS).to(tl.float32)
+            higher = tl.maximum(peak, sink)
+            decay = tl.exp(peak - higher)
+            total = total * decay + tl.exp(sink - higher)
+            weighted = weighted * decay[:, None]
+        # Rows that are no query's may see nothing.
+        result = (weighted / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + lines[:, None] * HEAD_DIM + columns[None, :], result, mask=alive[:, None] & wide[None, :])
+    else:
+        lines += part * num_tokens * KV_HEADS * GROUPS
+        tl.store(sums + lines[:, None] * HEAD_DIM + columns[None, :], weighted, mask=alive[:, None] & wide[None, :])
+        tl.store(peaks + lines, peak, mask=alive)
+        tl.store(totals + lines, total, mask=alive)
 
 
 @triton.jit
-def combine_splits(
-    sums, peaks, totals, sinks, out, num_rows, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
+def combine_parts(
+    sums, peaks, totals, sinks, out, num_rows, parts, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     WIDTH: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """out [T, heads, head_dim] from the parts; rows of no tile (totals 0) become 0. A program for each of T * heads rows."""
+    """out [T, heads, head_dim] from the parts, at most PARTS. A program for each of T * heads rows."""
     row = tl.program_id(0)
     columns = tl.arange(0, WIDTH)
     wide = columns < HEAD_DIM
-    peak = NOWHERE
-    for split in range(SPLITS):
-        place = split * num_rows + row
-        peak = tl.maximum(peak, tl.load(peaks + place, mask=tl.load(totals + place) > 0, other=NOWHERE))
-    total = 0.0
+    part = tl.arange(0, PARTS)
+    places = part * num_rows + row
+    shares = tl.load(totals + places, mask=part < parts, other=0.0)
+    own = tl.load(peaks + places, mask=shares > 0, other=NOWHERE)
+    peak = tl.max(own, 0)
     if HAS_SINKS:
         sink = tl.load(sinks + row % HEADS).to(tl.float32)
         peak = tl.maximum(peak, sink)
-        total = tl.exp(sink - peak)
-    weighted = tl.zeros([WIDTH], tl.float32)
-    for split in range(SPLITS):
-        place = split * num_rows + row
-        share = tl.load(totals + place)
-        factor = tl.exp(tl.load(peaks + place, mask=share > 0, other=NOWHERE) - peak)
-        total += share * factor
-        weighted += (
-            tl.load(sums + place * HEAD_DIM + columns, mask=columns < tl.where(share > 0, HEAD_DIM, 0), other=0.0) * factor
-        )
+    factors = tl.exp(own - peak)
+    total = tl.sum(shares * factors, 0)
+    if HAS_SINKS:
+        total += tl.exp(sink - peak)
+    x = tl.load(sums + places[:, None] * HEAD_DIM + columns[None, :], mask=(shares > 0)[:, None] & wide[None, :], other=0.0)
+    weighted = tl.sum(x * factors[:, None], 0)
+    # Rows that fill a graph up are nobody's: their totals are what memory held.
     total = tl.where(total > 0, total, 1.0)
     tl.store(out + row * HEAD_DIM + columns, (weighted / total).to(out.dtype.element_ty), mask=wide)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tailserve.engine.model.attention import KVCache
 from tailserve.engine.model.cpus import cpu_sets
 from tailserve.engine.model.decoder_step import Asked, pick, run
-from tailserve.engine.model.decoder_weights import fits, read_weights, sliding_window
+from tailserve.engine.model.decoder_weights import fits, read_weights
 from tailserve.engine.model.layer import (
     HEAD_KERNELS,
     KERNELS,
@@ -27,6 +27,7 @@ from tailserve.engine.model.layer import (
 from tailserve.engine.model.memory import Reserve, aligned, untouched_zeros
 from tailserve.engine.model.panels import copy_blocks, panel_shapes
 from tailserve.engine.model.spans import Span, pack, query_tiles, wanted_tiles
+from tailserve.engine.model.structure import sliding_window
 from tailserve.engine.model.team import LINE
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, PAGE
 

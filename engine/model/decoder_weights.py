@@ -15,16 +15,11 @@ from tailserve.engine.model.int8 import PAIR, ZERO, Panels
 from tailserve.engine.model.layer import Array, LayerVectors, LayerWeights
 from tailserve.engine.model.memory import aligned
 from tailserve.engine.model.microkernel import LANES
+from tailserve.engine.model.structure import like_llama
 from tailserve.engine.model.tiles import COLUMNS
 
 _KINDS: dict[int, npt.DTypeLike] = {1: np.float32, 2: np.uint16, PAIR: np.uint8}
 """How many numbers are 4 bytes, to what they are in."""
-
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_HEAD_NORMS = {"q_norm", "k_norm"}
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 
 
 class EndWeights(NamedTuple):
@@ -47,37 +42,17 @@ class DecoderWeights(NamedTuple):
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether the model's modules are those of Llama and its kin: Llama, Mistral, Qwen 2 and 3, SmolLM and more.
-
-    What modules do not show (a multiplier, say) shows when answers are compared.
-    """
-    body: Any = getattr(model, "model", None)
-    if _children(model) != {"model", "lm_head"} or _children(body) != _BODY:
+    """Whether a model is built like Llama (see `structure.like_llama`), in sizes that fill vectors and panels."""
+    if not like_llama(model):
         return False
-    if model.lm_head.bias is not None or not hasattr(body.norm, "variance_epsilon"):
-        return False
+    body: Any = model.model
     # Half of the rotated dimensions at a time, in whole vectors.
     if len(body.rotary_emb.inv_freq) % LANES:
         return False
-    return all(_layer_fits(layer) for layer in body.layers) and len({sliding_window(y.self_attn) for y in body.layers}) == 1
-
-
-def _layer_fits(layer: Any) -> bool:
-    if _children(layer) != _LAYER or _children(layer.mlp) != _MLP or not _children(layer.self_attn) >= _ATTENTION:
-        return False
-    attention, mlp = layer.self_attn, layer.mlp
-    head_norms = _children(attention) - _ATTENTION
-    plain = [attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return (
-        head_norms in (set(), _HEAD_NORMS)
-        and all(len(getattr(attention, name).weight) == attention.head_dim for name in head_norms)
-        and all(type(linear) is nn.Linear for linear in (attention.q_proj, attention.k_proj, attention.v_proj, *plain))
-        and all(linear.bias is None for linear in plain)
-        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm))
-        and attention.head_dim % COLUMNS == 0
-        and mlp.gate_proj.out_features % COLUMNS == 0
-        and attention.q_proj.in_features % COLUMNS == 0
+    return all(
+        size % COLUMNS == 0
+        for layer in body.layers
+        for size in (layer.self_attn.head_dim, layer.mlp.gate_proj.out_features, layer.self_attn.q_proj.in_features)
     )
 
 
@@ -158,14 +133,3 @@ def integer_panels(weights: list[torch.Tensor]) -> Panels:
 def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     parts = [weight.view(-1, COLUMNS, weight.shape[1]) for weight in (gate, up)]
     return torch.stack(parts, 1).reshape(-1, gate.shape[1])
-
-
-def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
-
-
-def sliding_window(attention: Any) -> int | None:
-    """Positions that a query sees, itself included. Some modules hold it, others read their configuration in each call."""
-    owner = attention if hasattr(attention, "sliding_window") else attention.config
-    window: int | None = getattr(owner, "sliding_window", None)
-    return window

@@ -51,6 +51,8 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
     per_token = 2 * layers * kv_heads * head_dim * dtype.itemsize
     num_blocks = options.num_blocks or parallel.smallest(num_kv_blocks(options, device, per_token, max_model_len), size)
     expected = eager_logits(model)
+    # Graphs hold what a model's windows were when they were captured.
+    with_own_windows = eager_logits(model, window=None) if device.type == "cuda" else expected
     num_laid_out, num_blocks = num_blocks, num_blocks + options.num_spare_blocks
     settings = DecoderSettings.of(options, num_blocks, max_model_len)
     wanted = wants_compiled(model, options)
@@ -72,12 +74,11 @@ def load_model(options: LoadOptions) -> tuple[PagedModel, ModelInfo]:
         paged = compile_model(model, settings, expected)
         wanted = False
     if paged is None:
-        plain = _interpreted(model, options, num_blocks, max_model_len)
-        check_packed(plain, model, expected)
+        plain = _interpreted(model, options, num_blocks, max_model_len, expected)
         plain.prepare()
         if plain.backend == "cuda":
             # Short batches run as graphs from now on.
-            check_packed(plain, model, expected)
+            check_packed(plain, model, with_own_windows, window=None)
         paged = plain
         if wanted:
             paged = UpgradingModel(plain, settings, lambda: (read_model(options, dtype, device), expected))
@@ -108,7 +109,10 @@ def read_model(options: LoadOptions, dtype: torch.dtype, device: torch.device) -
     return model
 
 
-def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int) -> TransformersModel:
+def _interpreted(
+    model: PreTrainedModel, options: LoadOptions, num_blocks: int, max_model_len: int, expected: list[torch.Tensor]
+) -> TransformersModel:
+    """The fastest that answers as `expected`, of those that no other process has to compile."""
     layers, kv_heads, head_dim = _kv_shape(model.config.get_text_config(decoder=True), options.tensor_parallel_size)
     backend = choose_backend(options, model.device, model.dtype)
     on_cuda = backend.name == "cuda"
@@ -124,11 +128,15 @@ def _interpreted(model: PreTrainedModel, options: LoadOptions, num_blocks: int, 
     model.set_attn_implementation(attention.NAME)
     if model.device.type == "cpu" and options.tensor_parallel_size == 1:
         prepack(model)
-    if not on_cuda:
-        return TransformersModel(model, cache, backend)
-    from tailserve.engine.model.graphs import GraphedModel
+    if on_cuda:
+        # Imported where there is a GPU only, and with it Triton.
+        from tailserve.engine.model.fused import graphed_model
 
-    return GraphedModel(model, cache, backend, max_model_len=max_model_len)
+        whole = options.tensor_parallel_size == 1
+        return graphed_model(model, cache, backend, expected, max_model_len=max_model_len, whole=whole)
+    plain = TransformersModel(model, cache, backend)
+    check_packed(plain, model, expected)
+    return plain
 
 
 def resolve_device(name: str) -> torch.device:

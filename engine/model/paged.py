@@ -88,16 +88,19 @@ class TransformersModel:
         self, token_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, paged: PagedContext
     ) -> torch.Tensor:
         output = self._model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
+            input_ids=token_ids.long().unsqueeze(0),
+            position_ids=positions.long().unsqueeze(0),
             use_cache=False,
-            logits_to_keep=wanted,
+            logits_to_keep=wanted.long(),
             paged=paged,
         )
-        if self._tapped:
-            self.features = torch.cat(list(self._tapped.values()), -1)
+        self._gather_features()
         logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def _gather_features(self) -> None:
+        if self._tapped:
+            self.features = torch.cat(list(self._tapped.values()), -1)
 
     def copy_block(self, source: int, target: int) -> None:
         """See `PagedModel.copy_block`."""

@@ -28,9 +28,10 @@ _QUANTIZED_TOLERANCE = 0.5
 
 
 @torch.inference_mode()
-def eager_logits(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Logits [length, vocab] of the probe sequences, each by itself, through the model's own eager attention."""
-    with _short_windows(model):
+def eager_logits(model: PreTrainedModel, *, window: int | None = WINDOW) -> list[torch.Tensor]:
+    """Logits [length, vocab] of the probe sequences, each by itself, through the model's own eager attention; with sliding
+    windows of so many positions, or those that the model has."""
+    with _windows(window, model):
         return [
             model(input_ids=torch.tensor([probe], device=model.device), use_cache=False).logits[0].float()
             for probe in _probes(model)
@@ -38,11 +39,16 @@ def eager_logits(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def check_packed(
-    paged: PagedModel, model: PreTrainedModel, expected: list[torch.Tensor], *, quantized: bool = False
+    paged: PagedModel,
+    model: PreTrainedModel,
+    expected: list[torch.Tensor],
+    *,
+    quantized: bool = False,
+    window: int | None = WINDOW,
 ) -> None:
     """Runs the probes side by side through the paged path, the longer in two chunks. Uses the cache's first blocks.
 
-    `model` is the one that `expected` comes from.
+    `model` is the one that `expected` comes from, and `window` that of `eager_logits`.
 
     Raises UnsupportedModelError with the size of the difference where they do not agree.
     """
@@ -51,7 +57,7 @@ def check_packed(
     tables = [list(range(-(-len(short) // size))), []]
     tables[1] = list(range(len(tables[0]), len(tables[0]) - (-len(long) // size)))
     cut = len(long) // 2
-    with _short_windows(model, paged):
+    with _windows(window, model, paged):
         # Logits may be valid until the next call only.
         first = paged.forward([Span(short, 0, tables[0], len(short)), Span(long[:cut], 0, tables[1], cut)]).clone()
         # The last three tokens arrive as a draft would: several queries behind a cached context.
@@ -81,13 +87,16 @@ def _probes(model: PreTrainedModel) -> list[list[int]]:
 
 
 @contextmanager
-def _short_windows(*models: Any) -> Iterator[None]:
+def _windows(window: int | None, *models: Any) -> Iterator[None]:
+    if window is None:
+        yield
+        return
     modules = [part for model in models if isinstance(model, PreTrainedModel) for part in model.modules()]
     configs = [model.config.get_text_config(decoder=True) for model in models if isinstance(model, PreTrainedModel)]
     owners = [o for o in (*configs, *modules, *models) if isinstance(getattr(o, "sliding_window", None), int)]
     windows = [owner.sliding_window for owner in owners]
     for owner in owners:
-        owner.sliding_window = WINDOW
+        owner.sliding_window = window
     try:
         yield
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +12,29 @@ import pytest
 import torch
 from chats import hold_chats
 from fakes import make_request, run_to_end
+from kin import FITTING, OTHERS
 from local import Models, prompts
+from packed import run_in_chunks
 from tiny import TINY, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tailserve.engine.distill.job import new_head
 from tailserve.engine.model.attention import KVCache, Options, PackedSequences
+from tailserve.engine.model.eagle_loading import borrowed_weights, make_head_model
 from tailserve.engine.model.host import host_blocks
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.reference import ReferenceBackend
+from tailserve.engine.model.runner import ModelRunner
 from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
-from tailserve.engine.types import BlockMove
+from tailserve.engine.speculation.sampling import noise_keys, pick
+from tailserve.engine.types import Batch, BlockMove, RowJoin, SamplingParams
 
 if torch.cuda.is_available():
     from tailserve.engine.model.cuda import CudaBackend
+    from tailserve.engine.model.cuda_sampling import pick as pick_on_cuda
+    from tailserve.engine.model.fused import FusedModel
+    from tailserve.engine.model.graphs import GraphedModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -35,7 +46,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["plain", "window", "softcap", "sinks"])
-def test_attention_equals_the_reference(kind: str, dtype: str) -> None:
+@pytest.mark.parametrize("longest", [300, 700])
+def test_attention_equals_the_reference(longest: int, kind: str, dtype: str) -> None:
     options = Options(
         scaling=0.125,
         sliding_window=100 if kind == "window" else None,
@@ -53,8 +65,8 @@ def test_attention_equals_the_reference(kind: str, dtype: str) -> None:
     )
     for tensor in (cache.keys[0], cache.values[0]):
         tensor.normal_()
-    lengths, contexts = [1, 5, 300, 1], [700, 5, 330, 1]
-    tables = torch.randperm(200)[:180].view(4, 45).numpy().astype(np.int32)
+    lengths, contexts = [1, 5, longest, 1], [700, 5, longest + 30, 1]
+    tables = torch.randperm(200)[:188].view(4, 47).numpy().astype(np.int32)
     query_starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     slots = torch.empty(0, device="cuda")
     sequences = PackedSequences(query_starts, np.array(contexts, np.int32), tables, slots)
@@ -96,10 +108,55 @@ def test_moves_are_made_in_their_order() -> None:
     assert [part.flatten().tolist() for part in parts] == [[1, 1, 2, 2], [11, 11, 12, 12]]
 
 
-def test_step_time_against_the_memory_bandwidth_floor() -> None:
-    """Prints; asserts only that the step runs. A Llama of about 1.2 billion parameters with random weights."""
-    import tempfile
+@pytest.mark.parametrize("kind", [*FITTING, *OTHERS])
+def test_models_answer_as_on_the_cpu(kind: str, tmp_path: Path) -> None:
+    """Float32, with windows that sequences outgrow."""
+    path = save_model((FITTING | OTHERS)[kind], tmp_path)
+    paged, _ = load_model(LoadOptions(path=path, dtype="float32", block_size=8, num_blocks=64, max_model_len=96))
+    assert isinstance(paged, GraphedModel)
+    assert isinstance(paged, FusedModel) == (kind in FITTING or kind == "narrow heads")
+    eager = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    for tokens, logits in run_in_chunks(paged, 96):
+        with torch.no_grad():
+            expected = eager(torch.tensor([tokens])).logits[0]
+        torch.testing.assert_close(logits.cpu(), expected, rtol=1e-3, atol=2e-3)
 
+
+@pytest.mark.parametrize("vocab", [96, 32000, 151936])
+def test_picks_what_the_reference_picks(vocab: int) -> None:
+    """In part from flat logits, where noise alone decides."""
+    logits = torch.randn(256, vocab) * torch.linspace(0, 4, 256).unsqueeze(1)
+    temperatures = [0.0, 0.7, 1.0, 3.0] * 64
+    keys = noise_keys(list(range(256)), [3] * 256)
+    actual = pick_on_cuda(logits.cuda(), temperatures, keys).cpu()
+    assert torch.equal(actual, pick(logits, temperatures, keys))
+
+
+def test_an_eagle_head_says_what_it_says_on_the_cpu(path: str) -> None:
+    torch.manual_seed(3)
+    verifier = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    head = new_head(verifier, (0, 2), torch.arange(5, 96)).requires_grad_(False)
+    features = torch.randn(9, 2 * 64)
+    answers = []
+    for device, attention in (("cpu", "reference"), ("cuda", "auto")):
+        weights = [weight.to(device) for weight in borrowed_weights(Path(path), torch.float32)]
+        options = LoadOptions(path=path, device=device, attention_backend=attention, block_size=8)
+        model = make_head_model(deepcopy(head).to(device), *weights, options, num_blocks=20, max_model_len=96)
+        with torch.inference_mode():
+            states, first = model.step([Span(list(range(5, 14)), 0, [3, 4], 1)], model.fuse(features))
+            answers.append(torch.cat([first, model.step([Span([20], 9, [3, 4], 1)], states)[1]]).cpu())
+    torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_that_reads_nothing_takes_as_long_as_its_work(path: str) -> None:
+    runner = ModelRunner(Models(path, device="cuda", num_blocks=64, block_size=8).paged)
+    join = RowJoin(0, list(range(3, 93)), 90, list(range(12)), SamplingParams(max_tokens=1, seed=0))
+    runner.run(Batch(0, [0], [0], [40], [False], {}, {}, [join], []))
+    assert torch.cuda.current_stream().query()
+
+
+def test_step_time_against_the_memory_bandwidth_floor(tmp_path: Path) -> None:
+    """Prints; asserts only that the step runs. A Llama of about 1.1 billion parameters with random weights."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
@@ -109,25 +166,45 @@ def test_step_time_against_the_memory_bandwidth_floor() -> None:
         num_key_value_heads=8,
         max_position_embeddings=4096,
     )
-    with tempfile.TemporaryDirectory() as directory:
-        paged, info = load_model(LoadOptions(path=save_model(config, Path(directory)), dtype="bfloat16", max_num_seqs=32))
+    with torch.device("cuda"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    paged, info = load_model(LoadOptions(path=str(tmp_path), dtype="bfloat16", max_num_seqs=64))
+    weights = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     buffer = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    bandwidth = 2 * buffer.numel() * 20 / _seconds(lambda: buffer.clone(), 20)
-    weights = 2 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    for batch in (1, 8, 32):
-        blocks = [list(range(n * 20, n * 20 + 20)) for n in range(batch)]
-        spans = [Span([5], 300, table, 1) for table in blocks]
-        step = _seconds(lambda spans=spans: paged.forward(spans), 20) / 20
-        floor = (weights + batch * 300 * info.kv_bytes_per_token) / bandwidth
-        print(f"batch {batch}: step {step * 1e3:.2f} ms, floor {floor * 1e3:.2f} ms, {step / floor:.1f}x")
+    bandwidth = 2 * buffer.numel() / _seconds(lambda: buffer.clone())
+    # Two for each weight and token; the embedding is looked up, not multiplied with.
+    operations = weights - 2 * config.vocab_size * config.hidden_size
+    print(f"\n{torch.cuda.get_device_name()}: memory copies {bandwidth / 1e12:.2f} TB/s; weights {weights / 1e9:.2f} GB")
+    chance = np.random.default_rng(0)
+    for batch, context, tokens in (
+        (1, 300, 1),
+        (8, 300, 1),
+        (32, 300, 1),
+        (32, 2000, 1),
+        (8, 300, 5),
+        (1, 0, 512),
+        (1, 0, 2048),
+    ):
+        each = -(-(context + tokens) // info.block_size)
+        blocks = chance.permutation(info.num_blocks)[: batch * each].reshape(batch, each)
+        spans = [Span([5] * tokens, context, row.tolist(), 1) for row in blocks]
+        keys = noise_keys(list(range(batch)), [context] * batch)
+        step = _seconds(lambda spans=spans: paged.forward(spans))
+        answer = _seconds(lambda spans=spans, keys=keys: paged.pick(paged.forward(spans), [0.7] * len(spans), keys).tolist())
+        floor = (weights + batch * context * info.kv_bytes_per_token) / bandwidth
+        rate = operations * batch * tokens / step / 1e12
+        print(
+            f"{batch} sequences, context {context}, {tokens} tokens each: step {step * 1e3:.2f} ms, with the answer "
+            f"{answer * 1e3:.2f} ms; floor {floor * 1e3:.2f} ms, {step / floor:.1f}x; {rate:.0f} TFLOP/s"
+        )
         assert step > 0
 
 
-def _seconds(work, count: int) -> float:  # type: ignore[no-untyped-def]
+def _seconds(work: Callable[[], object], count: int = 20) -> float:
     work()
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(count):
         work()
     torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return (time.perf_counter() - begin) / count

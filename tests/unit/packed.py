@@ -23,7 +23,8 @@ def run_in_chunks(paged: PagedModel, vocab: int) -> list[tuple[list[int], torch.
             Span(tokens[cut[turn] : cut[turn + 1]], cut[turn], table, cut[turn + 1] - cut[turn])
             for tokens, table, cut in zip(sequences, tables, CUTS, strict=True)
         ]
-        logits = paged.forward(spans).split([span.num_logits for span in spans])
+        # Logits may be valid until the next call only.
+        logits = paged.forward(spans).clone().split([span.num_logits for span in spans])
         for row, part in zip(rows, logits, strict=True):
             row.append(part)
     return [(tokens, torch.cat(row)) for tokens, row in zip(sequences, rows, strict=True)]
