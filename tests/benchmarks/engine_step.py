@@ -1,9 +1,10 @@
 """An engine step in its parts, against the floor that memory bandwidth sets, before and after each optimisation.
 
-Run: python tests/benchmarks/engine_step.py [--json FILE] [--only NAME ...]
+Run: python tests/benchmarks/engine_step.py [--json FILE] [--only NAME ...] [--model FOLDER]
 
-In process, demo model, no server; each variant in a process of its own, one after the other. The floor of a step is one
-reading of the weights and of the keys and values; the bandwidth is measured in the same run, with as many threads.
+In process, demo model or another, no server; on a GPU if there is one. Each variant in a process of its own, one after the
+other. The floor of a step is one reading of the weights and of the keys and values; the bandwidth is measured in the same
+run, with as many threads.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ VARIANTS = {
     "avx2": "its products in AVX2 assembly",
     "avx512": "the same in AVX-512",
     "amx": "its products in matrix tiles (AMX)",
+    "graphs": "on a GPU: transformers' modules as CUDA graphs, attention in Triton",
+    "fused": "on a GPU: the same with single kernels between products, which share their input",
     "int8": "weights and activations of products as 8-bit integers (AVX512-VNNI): other answers",
 }
 SHAPES = {
@@ -38,11 +41,20 @@ SHAPES = {
 }
 """Name to (sequences, context behind them, tokens each)."""
 ATTENTION_CONTEXTS = (300, 1000, 2000)
+KERNELS = {
+    "attention": ("attend_tiles", "combine_parts"),
+    "norms": ("add_norm",),
+    "split heads": ("split_heads",),
+    "gate": ("gate",),
+    "products": ("nvjet", "gemm", "splitK", "cutlass", "gemv"),
+    "others": ("",),
+}
+"""Parts of a step on a GPU, and how their kernels' names begin or what is in them."""
 SLOW = {"reference": {"decode B=1", "decode B=8", "decode B=32", "prompt 128"}}
 ROUNDS = 9
 
 
-def child(variant: str) -> dict[str, Any]:
+def child(variant: str, folder: str | None) -> dict[str, Any]:
     """Measures one variant in this process. The instructions are chosen before the kernels are imported."""
     from tailserve.engine.model import amx, avx2, avx512
 
@@ -55,14 +67,17 @@ def child(variant: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from tailserve.cluster.settings import settings
-    from tailserve.deployments.demo import demo_model
     from tailserve.engine.model.loading import load_model
     from tailserve.engine.model.spans import Span
     from tailserve.engine.options import LoadOptions
 
-    path = str(demo_model(settings().cache_directory))
-    backend = {"reference": "reference", "modules": "cpu"}.get(variant, "compiled")
+    on_gpu = torch.cuda.is_available()
+    if variant == "graphs":
+        from tailserve.engine.model import fused
+
+        fused.can_fuse = lambda model: False
+    path = folder or _demo()
+    backend = {"reference": "reference", "modules": "cpu", "graphs": "cuda", "fused": "cuda"}.get(variant, "compiled")
     model, info = load_model(
         LoadOptions(
             path=path,
@@ -88,17 +103,25 @@ def child(variant: str) -> dict[str, Any]:
             before = model.ticks.copy() if hasattr(model, "ticks") else None
             begin = time.perf_counter()
             model.forward(work)
+            if on_gpu:
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - begin
             times.append((seconds, [] if before is None else (model.ticks - before).tolist()))
         return min(times)
 
     weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-    result: dict[str, Any] = {"bandwidth": _bandwidth(torch), "per_token": info.kv_bytes_per_token, "weights": weights}
+    result: dict[str, Any] = {
+        "bandwidth": _gpu_bandwidth(torch) if on_gpu else _bandwidth(torch),
+        "per_token": info.kv_bytes_per_token,
+        "weights": weights,
+    }
     result["shapes"] = {}
     for name, shape in SHAPES.items():
         if name not in SLOW.get(variant, SHAPES):
             continue
         result["shapes"][name] = best(spans(*shape))
+        if on_gpu:
+            result.setdefault("kernels", {})[name] = _kernels(torch, model, spans(*shape))
     if hasattr(model, "ticks"):
         result["attention"] = {str(n): best(spans(32, n, 1)) for n in ATTENTION_CONTEXTS}
         work = spans(32, 300, 1)
@@ -112,6 +135,13 @@ def child(variant: str) -> dict[str, Any]:
                 times.append(time.perf_counter() - begin)
             result.setdefault("sampling", {})[kind] = min(times)
     return result
+
+
+def _demo() -> str:
+    from tailserve.cluster.settings import settings
+    from tailserve.deployments.demo import demo_model
+
+    return str(demo_model(settings().cache_directory))
 
 
 def _bandwidth(torch: Any) -> float:
@@ -128,17 +158,50 @@ def _bandwidth(torch: Any) -> float:
     return memory.numel() * 8 / min(times)
 
 
-def measure(variant: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", variant]
+def _gpu_bandwidth(torch: Any) -> float:
+    """Bytes a second, read and written by a copy."""
+    memory = torch.ones(1 << 27, dtype=torch.int64, device="cuda")
+    times = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        memory.clone()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return float(2 * memory.nbytes / min(times))
+
+
+def _kernels(torch: Any, model: Any, work: Any) -> dict[str, float]:
+    """Seconds of a step's kernels by `KERNELS`."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(ROUNDS):
+            model.forward(work)
+        torch.cuda.synchronize()
+    parts = dict.fromkeys(KERNELS, 0.0)
+    for event in profile.key_averages():
+        part = next(part for part, names in KERNELS.items() if any(name in event.key for name in names))
+        parts[part] += event.self_device_time_total / 1e6 / ROUNDS
+    return parts
+
+
+def measure(variant: str, folder: str | None) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", variant, *(["--model", folder] if folder else [])]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def available() -> list[str]:
+    import torch
+
     from tailserve.engine.model import amx, avx2, avx512
 
+    if torch.cuda.is_available():
+        return ["reference", "graphs", "fused"]
     has = {
+        "graphs": False,
+        "fused": False,
         "amx": amx.HAS_AMX,
         "avx2": avx2.HAS_AVX2,
         "avx512": avx512.HAS_BF16_DOT,
@@ -189,22 +252,23 @@ def main() -> None:
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=VARIANTS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", help="folder of another model than the demo's")
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child)))
+        print(json.dumps(child(args.child, args.model)))
         return
     from tailserve.engine.model.layer import PARTS
 
     results = {}
     print(f"{'ms':10}" + "".join(f"{name:>14}" for name in SHAPES))
     for variant in args.only or available():
-        result = results[variant] = measure(variant)
-        cells = [f"{result['shapes'][name][0] * 1e3:.1f}" if name in result["shapes"] else "-" for name in SHAPES]
+        result = results[variant] = measure(variant, args.model)
+        cells = [f"{result['shapes'][name][0] * 1e3:.2f}" if name in result["shapes"] else "-" for name in SHAPES]
         print(f"{variant:10}" + "".join(f"{cell:>14}" for cell in cells), flush=True)
     last = results[[name for name in results if name != "int8"][-1]]
     size, bandwidth, per_token = last["weights"], last["bandwidth"], last["per_token"]
     floors = [(size + batch * context * per_token) / bandwidth * 1e3 for batch, context, _ in SHAPES.values()]
-    print(f"{'floor':10}" + "".join(f"{floor:>14.1f}" for floor in floors))
+    print(f"{'floor':10}" + "".join(f"{floor:>14.2f}" for floor in floors))
     print(
         f"memory reads {bandwidth / 1e9:.1f} GB/s; weights {size / 1e6:.0f} MB, bfloat16; {per_token} bytes of KV a token\n"
     )
@@ -212,6 +276,10 @@ def main() -> None:
         if name in results:
             print(f"{name:10} {text}")
     for variant, result in results.items():
+        if "kernels" in result:
+            print(f"\n{variant}: kernels of a step, ms\n{'':14}" + "".join(f"{part:>14}" for part in KERNELS))
+            for name, parts in result["kernels"].items():
+                print(f"{name:14}" + "".join(f"{parts[part] * 1e3:>14.3f}" for part in KERNELS))
         if "attention" not in result:
             continue
         print(f"\n{variant}: parts of a step, ms")
