@@ -60,9 +60,11 @@ class VerifierActor(ModelActor[VerifierOptions, ModelInfo]):
 
         model, info = load_model(options.load)
         publish = None
-        if options.feature_layers and options.load.rank == 0:
+        if options.feature_layers:
+            # On all ranks: it may run the model, and ranks run together.
             model.tap(options.feature_layers)
-            publish = Outlet[StateMessage](options.states_endpoint).send
+            if options.load.rank == 0:
+                publish = Outlet[StateMessage](options.states_endpoint).send
         info = replace(info, step_profile=profile_steps(model, info.max_model_len))
         runner = ModelRunner(
             model,

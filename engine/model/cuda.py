@@ -48,7 +48,8 @@ class CudaBackend:
         share = 1 if head_dim * query.itemsize <= WIDEST else 2
         each = tile_width(heads, kv_heads, LONG_ROWS // share if tokens > LONG else ROWS)
         tiles, tables = sequences.tiles(each), sequences.tables()
-        parts = max(1, min(MAX_PARTS, PROGRAMS * self._num_processors // (len(tiles) * kv_heads)))
+        fitting = PROGRAMS * self._num_processors // (len(tiles) * kv_heads)
+        parts = 1 if tokens > LONG else max(1, min(MAX_PARTS, fitting))
         out = torch.empty_like(query)
         sums, peaks, totals = out, out, out
         if parts > 1:

@@ -13,7 +13,7 @@ import triton.language as tl
 NOWHERE = tl.constexpr(-1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def attend_tiles(
     query, keys, values, tables, tiles, sums, peaks, totals, sinks, out,
     scaling, window, softcap, num_tokens,
@@ -88,7 +88,7 @@ def attend_tiles(
         tl.store(totals + lines, total, mask=alive)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "parts"])
 def combine_parts(
     sums, peaks, totals, sinks, out, num_rows, parts, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
     WIDTH: tl.constexpr, HAS_SINKS: tl.constexpr,

@@ -1,5 +1,4 @@
-"""`tailserve.engine.speculation.sampling.pick` for CUDA in Triton: noise is made where it is used, and nothing is stored but
-the tokens."""
+"""`tailserve.engine.speculation.sampling.pick` for CUDA in Triton: noise is made where it is used."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -77,7 +76,8 @@ def _best_of_parts(logits, numbers, best, places, stride, vocab, PART: tl.conste
         bits = _mix(bits ^ tl.load(numbers + row * 3 + 2).to(tl.uint32, bitcast=True))
         uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
         x = tl.div_rn(x, temperature) - _log(-_log(uniform))
-        x = tl.where(there, x, -float("inf"))
+    # What is no number is never picked, nor what is no token.
+    x = tl.where(there & (x == x), x, -float("inf"))
     place = row * tl.num_programs(1) + part
     tl.store(best + place, tl.max(x, 0))
     tl.store(places + place, part * PART + tl.argmax(x, 0))

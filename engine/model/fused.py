@@ -28,7 +28,7 @@ COLUMNS_AT_ONCE = 1024
 class _Layer(NamedTuple):
     input_norm: torch.Tensor
     qkv: torch.Tensor
-    """[K, N], as the others that are multiplied with"""
+    """[K, N], as all weights of products here."""
     qkv_bias: torch.Tensor | None
     head_norms: tuple[torch.Tensor, torch.Tensor] | None
     """Of queries and of keys."""
@@ -67,7 +67,12 @@ def graphed_model(
 def can_fuse(model: PreTrainedModel) -> bool:
     """Whether `FusedModel` may take this model; whether it answers alike shows when answers are compared."""
     body: Any = getattr(model, "model", None)
-    return like_llama(model) and 2 * len(body.rotary_emb.inv_freq) == body.layers[0].self_attn.head_dim
+    return (
+        like_llama(model)
+        and 2 * len(body.rotary_emb.inv_freq) == body.layers[0].self_attn.head_dim
+        and len({weight.dtype for weight in model.parameters()}) == 1
+        and all(len({linear.bias is None for linear in _heads(layer.self_attn)}) == 1 for layer in body.layers)
+    )
 
 
 class FusedModel(GraphedModel):
@@ -88,7 +93,9 @@ class FusedModel(GraphedModel):
         self._embedding: torch.Tensor = body.embed_tokens.weight
         self._final_norm: torch.Tensor = body.norm.weight
         self._head: torch.Tensor = model.lm_head.weight.T
-        self._layers = [_take(layer) for layer in body.layers]
+        self._layers = [_share_weights(layer) for layer in body.layers]
+        # What the weights took apart is for others now.
+        torch.cuda.empty_cache()
         probe = torch.zeros(1, dtype=torch.float32, device=model.device)
         angles = body.rotary_emb(probe, torch.arange(max_model_len, device=model.device).unsqueeze(0))
         self._cosines, self._sines = (part[0, :, : self._head_dim // 2].contiguous() for part in angles)
@@ -154,9 +161,14 @@ def _gated(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _take(layer: Any) -> _Layer:
+def _heads(attention: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _share_weights(layer: Any) -> _Layer:
+    """A layer's weights, in memory that its modules use from now on, too."""
     attention, mlp = layer.self_attn, layer.mlp
-    heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+    heads = _heads(attention)
     norms = (attention.q_norm.weight, attention.k_norm.weight) if hasattr(attention, "q_norm") else None
     return _Layer(
         input_norm=layer.input_layernorm.weight,
@@ -171,7 +183,7 @@ def _take(layer: Any) -> _Layer:
 
 
 def _join(linears: Sequence[nn.Linear]) -> torch.Tensor:
-    """Weights [K, N] of all, side by side; each has its part of that memory from now on."""
+    """Weights [K, N] of all, side by side; each module has its part of that memory from now on."""
     joined = torch.cat([linear.weight for linear in linears])
     end = 0
     for linear in linears:

@@ -17,8 +17,8 @@ def add_norm(
 
     A program a row: of hidden, or with PICKS of `rows` [N], which stay as they are.
     """
-    target = tl.program_id(0)
-    row = tl.load(rows + target) if PICKS else target
+    target = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + target).to(tl.int64) if PICKS else target
     columns = tl.arange(0, WIDTH)
     wide = columns < SIZE
     x = tl.load(hidden + row * SIZE + columns, mask=wide, other=0.0)
@@ -52,7 +52,7 @@ def split_heads(
     HAS_NORMS the root-mean-square norm of each query and key comes first.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
     is_query, is_key = head < HEADS, (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_value = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
@@ -88,7 +88,7 @@ def split_heads(
 @triton.jit
 def gate(gate_up, out, SIZE: tl.constexpr, AT_ONCE: tl.constexpr):
     """out [T, SIZE] = silu(gate) * up, of gate_up [T, 2 * SIZE]. Program (token, AT_ONCE columns)."""
-    token = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
     wide = columns < SIZE
     x = tl.load(gate_up + token * 2 * SIZE + columns, mask=wide, other=0.0).to(tl.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,11 +14,27 @@ from tailserve.engine.model.cuda import LONG, tile_width
 from tailserve.engine.model.cuda_sampling import pick
 from tailserve.engine.model.paged import TransformersModel
 from tailserve.engine.model.spans import PackedSpans, Span, pack, query_tiles
+from tailserve.engine.speculation.sampling import noise_keys
 
 logger = logging.getLogger(__name__)
 
-SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, LONG)
-"""Tokens of a graph. A batch runs in the smallest that takes it; larger ones are launched kernel by kernel."""
+FEW = 64
+"""Logits of a batch that is mostly prompts, at most."""
+
+
+class Size(NamedTuple):
+    """What a graph takes."""
+
+    tokens: int
+    wanted: int
+    """Tokens whose logits are computed."""
+
+
+SIZES = sorted(
+    [Size(count, count) for count in (1, 2, 4, 8, 16, 32, 48, FEW, 96, 128, 192, 256)]
+    + [Size(count, FEW) for count in (96, 128, 192, 256, 384, LONG)]
+)
+"""A batch runs in the first that takes it; others are launched kernel by kernel."""
 
 
 class _Captured(NamedTuple):
@@ -38,14 +53,14 @@ class GraphedModel(TransformersModel):
     def __init__(self, *args: Any, max_model_len: int) -> None:
         super().__init__(*args)
         self.num_blocks = self.cache.num_blocks - 1
-        self._max_blocks = -(-max_model_len // self.block_size)
+        self._max_model_len, self._max_blocks = max_model_len, -(-max_model_len // self.block_size)
         config = self._model.config.get_text_config(decoder=True)
         heads = config.num_attention_heads
         self._tile_width = tile_width(heads, getattr(config, "num_key_value_heads", None) or heads)
         self._inputs = _Inputs(LONG * (8 + self._max_blocks), self._device)
         self._outputs = torch.empty(0)
         """Logits of all graphs, one at a time."""
-        self._graphs: dict[int, _Captured] = {}
+        self._graphs: dict[Size, _Captured] = {}
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -53,13 +68,17 @@ class GraphedModel(TransformersModel):
         before = torch.cuda.current_stream()
         try:
             pool = torch.cuda.graph_pool_handle()
-            for size in reversed(SIZES):
+            for size in sorted(SIZES, key=lambda size: size.wanted, reverse=True):
                 self._graphs[size] = self._capture(size, pool)
         except RuntimeError as error:
             self._graphs.clear()
             # A capture that fails does not always leave its own stream.
             torch.cuda.set_stream(before)
             logger.warning("this model cannot be captured as a CUDA graph, so its steps take longer: %s", error)
+        # No request is to wait for kernels to be compiled that no graph holds.
+        full = Span([0] * min(self.block_size, self._max_model_len), 0, [self.num_blocks], 1)
+        self.forward([full] * (LONG // len(full.token_ids) + 1))
+        self.pick(self.forward([full]), [1.0], noise_keys([0], [0]))
 
     def tap(self, layers: Sequence[int]) -> None:
         """See `PagedModel.tap`. Captures again what was captured."""
@@ -68,19 +87,19 @@ class GraphedModel(TransformersModel):
             self._graphs.clear()
             self.prepare()
 
-    def _capture(self, size: int, pool: Any) -> _Captured:
+    def _capture(self, size: Size, pool: Any) -> _Captured:
         self._inputs.send(self._numbers(size, pack([Span([0], 0, [self.num_blocks], 1)], self.block_size)))
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
                 logits = self._run(size)
-            if len(self._outputs) < size:
+            if len(self._outputs) < size.wanted:
                 self._outputs = torch.empty_like(logits)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            self._outputs[:size].copy_(self._run(size))
+            self._outputs[: size.wanted].copy_(self._run(size))
         return _Captured(graph, self.features)
 
     @torch.inference_mode()
@@ -88,10 +107,9 @@ class GraphedModel(TransformersModel):
         """See `PagedModel.forward`. Logits and features are valid until the next call."""
         batch = pack(spans, self.block_size)
         count, wanted = len(batch.token_ids), len(batch.wanted)
-        place = bisect.bisect_left(SIZES, count)
-        if place == len(SIZES) or not self._graphs:
+        size = next((size for size in SIZES if size.tokens >= count and size.wanted >= wanted), None)
+        if size is None or not self._graphs:
             return super().forward(spans)
-        size = SIZES[place]
         captured = self._graphs[size]
         self._inputs.send(self._numbers(size, batch))
         captured.graph.replay()
@@ -102,25 +120,28 @@ class GraphedModel(TransformersModel):
         """See `PagedModel.pick`."""
         return pick(logits, temperatures, keys)
 
-    def _numbers(self, size: int, batch: PackedSpans) -> np.ndarray:
-        """What a graph of `size` tokens reads: as many tokens, positions, slots, wanted and tiles; tables."""
+    def _numbers(self, size: Size, batch: PackedSpans) -> np.ndarray:
+        """What a graph reads: tokens, positions, slots, tiles [4], as many of each; wanted; tables."""
         tables = batch.block_tables[:, : self._max_blocks]
         width = tables.shape[1]
         tiles = query_tiles(batch.query_starts, batch.starts, self._tile_width) * (width, 1, 1, 1)
-        filled = np.zeros((8, size), np.int32)
+        filled = np.zeros((7, size.tokens), np.int32)
         filled[2] = self.num_blocks * self.block_size
-        for row, part in zip(filled, (batch.token_ids, batch.positions, batch.slots, batch.wanted), strict=False):
+        for row, part in zip(filled, (batch.token_ids, batch.positions, batch.slots), strict=False):
             row[: len(part)] = part
-        filled[4:].reshape(-1)[: tiles.size] = tiles.ravel()
-        return np.concatenate([filled.ravel(), tables.ravel()])
+        filled[3:].reshape(-1)[: tiles.size] = tiles.ravel()
+        wanted = np.zeros(size.wanted, np.int32)
+        wanted[: len(batch.wanted)] = batch.wanted
+        return np.concatenate([filled.ravel(), wanted, tables.ravel()])
 
-    def _run(self, size: int) -> torch.Tensor:
+    def _run(self, size: Size) -> torch.Tensor:
         inputs = self._inputs.on_device
-        tokens, positions, slots, wanted = inputs[: 4 * size].view(4, size)
-        tiles = inputs[4 * size : 8 * size].view(size, 4)
+        count, numbers = size.tokens, 7 * size.tokens
+        tokens, positions, slots = inputs[: 3 * count].view(3, count)
+        tiles, wanted = inputs[3 * count : numbers].view(count, 4), inputs[numbers : numbers + size.wanted]
         empty = np.empty(0, np.int32)
         sequences = PackedSequences(empty, empty, empty, slots)
-        sequences.place(inputs[8 * size :], tiles)
+        sequences.place(inputs[numbers + size.wanted :], tiles)
         return self._logits(tokens, positions, wanted, PagedContext(self.cache, self._backend, sequences))
 
 

@@ -34,7 +34,7 @@ class PagedModel(Protocol):
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """Computes all spans at once and stores their keys and values.
 
-        Returns float32 logits [sum of num_logits, vocab], span after span.
+        Returns float32 logits [sum of num_logits, vocab], span after span. The next call may write over them.
         """
 
     def copy_block(self, source: int, target: int) -> None:

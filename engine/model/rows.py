@@ -16,7 +16,7 @@ class Row:
     token_ids: list[int]
     prompt_len: int
     block_ids: array[int]
-    """Read at each step, at once."""
+    """An `array`, which numpy reads without a loop."""
     sampling: SamplingParams
 
 

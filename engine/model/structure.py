@@ -17,8 +17,11 @@ _BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 def like_llama(model: PreTrainedModel) -> bool:
     """Whether the model's modules are those of Llama and its kin: Llama, Mistral, Qwen 2 and 3, SmolLM and more.
 
-    What modules do not show (a multiplier, say) shows when answers are compared.
+    What modules do not show (a multiplier, say) shows when answers are compared, if it shows in short sequences.
     """
+    if (getattr(model.config, "rope_parameters", None) or {}).get("llama_4_scaling_beta"):
+        # Queries of late positions are scaled, as in Ministral 3.
+        return False
     body: Any = getattr(model, "model", None)
     if _children(model) != {"model", "lm_head"} or _children(body) != _BODY:
         return False

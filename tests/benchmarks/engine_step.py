@@ -20,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
+import gpu_step
+
 VARIANTS = {
     "reference": "transformers' modules, attention in float32 torch operations",
     "modules": "transformers' modules with prepacked weights, attention by a Numba kernel that reads blocks in place",
@@ -41,15 +43,6 @@ SHAPES = {
 }
 """Name to (sequences, context behind them, tokens each)."""
 ATTENTION_CONTEXTS = (300, 1000, 2000)
-KERNELS = {
-    "attention": ("attend_tiles", "combine_parts"),
-    "norms": ("add_norm",),
-    "split heads": ("split_heads",),
-    "gate": ("gate",),
-    "products": ("nvjet", "gemm", "splitK", "cutlass", "gemv"),
-    "others": ("",),
-}
-"""Parts of a step on a GPU, and how their kernels' names begin or what is in them."""
 SLOW = {"reference": {"decode B=1", "decode B=8", "decode B=32", "prompt 128"}}
 ROUNDS = 9
 
@@ -73,9 +66,7 @@ def child(variant: str, folder: str | None) -> dict[str, Any]:
 
     on_gpu = torch.cuda.is_available()
     if variant == "graphs":
-        from tailserve.engine.model import fused
-
-        fused.can_fuse = lambda model: False
+        gpu_step.use_modules()
     path = folder or _demo()
     backend = {"reference": "reference", "modules": "cpu", "graphs": "cuda", "fused": "cuda"}.get(variant, "compiled")
     model, info = load_model(
@@ -111,7 +102,7 @@ def child(variant: str, folder: str | None) -> dict[str, Any]:
 
     weights = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     result: dict[str, Any] = {
-        "bandwidth": _gpu_bandwidth(torch) if on_gpu else _bandwidth(torch),
+        "bandwidth": gpu_step.bandwidth(ROUNDS) if on_gpu else _bandwidth(torch),
         "per_token": info.kv_bytes_per_token,
         "weights": weights,
     }
@@ -121,7 +112,7 @@ def child(variant: str, folder: str | None) -> dict[str, Any]:
             continue
         result["shapes"][name] = best(spans(*shape))
         if on_gpu:
-            result.setdefault("kernels", {})[name] = _kernels(torch, model, spans(*shape))
+            result.setdefault("kernels", {})[name] = gpu_step.kernels(model, spans(*shape), ROUNDS)
     if hasattr(model, "ticks"):
         result["attention"] = {str(n): best(spans(32, n, 1)) for n in ATTENTION_CONTEXTS}
         work = spans(32, 300, 1)
@@ -156,33 +147,6 @@ def _bandwidth(torch: Any) -> float:
         times.append(time.perf_counter() - begin)
     torch.set_num_threads(before)
     return memory.numel() * 8 / min(times)
-
-
-def _gpu_bandwidth(torch: Any) -> float:
-    """Bytes a second, read and written by a copy."""
-    memory = torch.ones(1 << 27, dtype=torch.int64, device="cuda")
-    times = []
-    for _ in range(ROUNDS):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        memory.clone()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return float(2 * memory.nbytes / min(times))
-
-
-def _kernels(torch: Any, model: Any, work: Any) -> dict[str, float]:
-    """Seconds of a step's kernels by `KERNELS`."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(ROUNDS):
-            model.forward(work)
-        torch.cuda.synchronize()
-    parts = dict.fromkeys(KERNELS, 0.0)
-    for event in profile.key_averages():
-        part = next(part for part, names in KERNELS.items() if any(name in event.key for name in names))
-        parts[part] += event.self_device_time_total / 1e6 / ROUNDS
-    return parts
 
 
 def measure(variant: str, folder: str | None) -> dict[str, Any]:
@@ -270,16 +234,14 @@ def main() -> None:
     floors = [(size + batch * context * per_token) / bandwidth * 1e3 for batch, context, _ in SHAPES.values()]
     print(f"{'floor':10}" + "".join(f"{floor:>14.2f}" for floor in floors))
     print(
-        f"memory reads {bandwidth / 1e9:.1f} GB/s; weights {size / 1e6:.0f} MB, bfloat16; {per_token} bytes of KV a token\n"
+        f"memory moves {bandwidth / 1e9:.1f} GB/s; weights {size / 1e6:.0f} MB, bfloat16; {per_token} bytes of KV a token\n"
     )
     for name, text in VARIANTS.items():
         if name in results:
             print(f"{name:10} {text}")
     for variant, result in results.items():
         if "kernels" in result:
-            print(f"\n{variant}: kernels of a step, ms\n{'':14}" + "".join(f"{part:>14}" for part in KERNELS))
-            for name, parts in result["kernels"].items():
-                print(f"{name:14}" + "".join(f"{parts[part] * 1e3:>14.3f}" for part in KERNELS))
+            gpu_step.report(variant, result["kernels"])
         if "attention" not in result:
             continue
         print(f"\n{variant}: parts of a step, ms")

@@ -122,10 +122,42 @@ def test_models_answer_as_on_the_cpu(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits.cpu(), expected, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_long_prompts_in_half_precision(dtype: str, tmp_path: Path) -> None:
+    """Above what a graph takes, and chunks that want no logits, against float32 on the CPU."""
+    path = save_model(LlamaConfig(**(TINY | {"max_position_embeddings": 1024})), tmp_path)
+    paged, _ = load_model(LoadOptions(path=path, dtype=dtype, block_size=8, num_blocks=128))
+    eager = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    tokens = torch.randint(96, (1000,), generator=torch.Generator().manual_seed(5)).tolist()
+    blocks = list(range(125))
+    paged.forward([Span(tokens[:600], 0, blocks, 0)])
+    paged.forward([Span(tokens[600:700], 600, blocks, 0)])
+    actual = paged.forward([Span(tokens[700:], 700, blocks, 40)]).cpu()
+    with torch.no_grad():
+        expected = eager(torch.tensor([tokens])).logits[0, -40:]
+    assert ((actual - expected).square().mean().sqrt() / expected.std()).item() < 0.1
+
+
+def test_hidden_states_of_graphs_are_those_of_the_cpu(path: str) -> None:
+    """In graphs of two sizes, captured again for it."""
+    features = []
+    for device, attention in (("cpu", "reference"), ("cuda", "auto")):
+        paged, _ = load_model(
+            LoadOptions(path=path, dtype="float32", device=device, attention_backend=attention, block_size=8, num_blocks=64)
+        )
+        paged.tap([0, 2])
+        for spans in ([Span([5, 6, 7], 0, [3], 0), Span([8], 0, [4], 1)], [Span(list(range(9, 29)), 3, [3, 5, 6], 1)]):
+            paged.forward(spans)
+            assert paged.features is not None
+            features.append(paged.features.float().cpu())
+    torch.testing.assert_close(features[:2], features[2:], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("vocab", [96, 32000, 151936])
 def test_picks_what_the_reference_picks(vocab: int) -> None:
     """In part from flat logits, where noise alone decides."""
-    logits = torch.randn(256, vocab) * torch.linspace(0, 4, 256).unsqueeze(1)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(256, vocab, generator=generator) * torch.linspace(0, 4, 256).unsqueeze(1)
     temperatures = [0.0, 0.7, 1.0, 3.0] * 64
     keys = noise_keys(list(range(256)), [3] * 256)
     actual = pick_on_cuda(logits.cuda(), temperatures, keys).cpu()
@@ -151,6 +183,8 @@ def test_an_eagle_head_says_what_it_says_on_the_cpu(path: str) -> None:
 def test_a_step_that_reads_nothing_takes_as_long_as_its_work(path: str) -> None:
     runner = ModelRunner(Models(path, device="cuda", num_blocks=64, block_size=8).paged)
     join = RowJoin(0, list(range(3, 93)), 90, list(range(12)), SamplingParams(max_tokens=1, seed=0))
+    # Long enough that nobody could be done by chance.
+    torch.cuda._sleep(10**8)
     runner.run(Batch(0, [0], [0], [40], [False], {}, {}, [join], []))
     assert torch.cuda.current_stream().query()
 

@@ -27,5 +27,16 @@ FITTING = {
 OTHERS = {
     "another structure": transformers.Gemma2Config(**WIDE, head_dim=32, sliding_window=24),
     "a multiplier that modules do not show": transformers.GraniteConfig(**WIDE, residual_multiplier=0.3),
+    "queries scaled by position": transformers.Ministral3Config(
+        **WIDE,
+        head_dim=32,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1,
+        },
+    ),
     "narrow heads": transformers.LlamaConfig(**TINY),
 }

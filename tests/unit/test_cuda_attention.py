@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tailserve.engine.model import cuda
 from tailserve.engine.model.attention import NAME, KVCache, Options, PackedSequences
 from tailserve.engine.model.cuda import CudaBackend
-from tailserve.engine.model.graphs import GraphedModel, _Captured
+from tailserve.engine.model.graphs import GraphedModel, Size, _Captured
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.reference import ReferenceBackend
+from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
 
 pytestmark = needs_interpreter
@@ -78,17 +79,17 @@ def test_equals_the_reference(
 class Replayed:
     """Stands in for a CUDA graph: runs again what was captured, on the same memory."""
 
-    def __init__(self, model: "OnCpu", size: int) -> None:
+    def __init__(self, model: "OnCpu", size: Size) -> None:
         self._model, self._size = model, size
 
     def replay(self) -> None:
-        self._model._outputs[: self._size] = self._model._run(self._size)
+        self._model._outputs[: self._size.wanted] = self._model._run(self._size)
 
 
 class OnCpu(GraphedModel):
-    def _capture(self, size: int, pool: object) -> _Captured:
-        if len(self._outputs) < size:
-            self._outputs = torch.full((size, TINY["vocab_size"]), torch.nan)
+    def _capture(self, size: Size, pool: object) -> _Captured:
+        if len(self._outputs) < size.wanted:
+            self._outputs = torch.full((size.wanted, TINY["vocab_size"]), torch.nan)
         return _Captured(Replayed(self, size), None)
 
 
@@ -109,3 +110,6 @@ def test_a_graph_filled_up_to_its_size_equals_the_plain_model(tmp_path: Path, mo
     for (tokens, expected), (same, actual) in zip(run_in_chunks(plain, 96), run_in_chunks(graphed, 96), strict=True):
         assert tokens == same
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    # Long prompts, of which few logits are wanted.
+    prompts = [Span(list(range(3, 93)), 0, list(range(n, n + 12)), 2) for n in (0, 20)]
+    torch.testing.assert_close(graphed.forward(prompts), plain.forward(prompts), rtol=1e-4, atol=1e-4)

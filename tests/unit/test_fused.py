@@ -53,13 +53,15 @@ def graphed(model: PreTrainedModel, expected: list[torch.Tensor], *, whole: bool
     return graphed_model(model, empty_cache(model), CudaBackend(1), expected, max_model_len=96, whole=whole)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "llama, 40 heads for one of keys", "mistral", "qwen2", "qwen3", "yarn"])
 def test_answers_as_its_own_modules_do(kind: str, tmp_path: Path) -> None:
     """It is chosen where it does: in chunks, beside another sequence, with a window of 16."""
     assert isinstance(graphed(*load(FITTING[kind], tmp_path)), FusedModel)
 
 
-@pytest.mark.parametrize("kind", ["another structure", "a multiplier that modules do not show"])
+@pytest.mark.parametrize(
+    "kind", ["another structure", "a multiplier that modules do not show", "queries scaled by position"]
+)
 def test_leaves_other_models_to_their_modules(kind: str, tmp_path: Path) -> None:
     model, expected = load(OTHERS[kind], tmp_path)
     assert type(graphed(model, expected)) is GraphedModel
