@@ -116,6 +116,8 @@ class FusedModel(GraphedModel):
             if number in self._tapped:
                 self._tapped[number] = hidden + delta
         self._gather_features()
+        if not len(wanted):
+            return hidden.new_empty((0, self._head.shape[1]))
         normed = self._norm(hidden, delta, self._final_norm, wanted)
         if normed.dtype == torch.float32:
             return normed @ self._head
@@ -126,11 +128,10 @@ class FusedModel(GraphedModel):
     ) -> torch.Tensor:
         count, size = len(hidden if rows is None else rows), hidden.shape[1]
         out = weight.new_empty((count, size))
-        if count:
-            add_norm[(count,)](
-                hidden, hidden if delta is None else delta, weight, out if rows is None else rows, out, self._epsilon,
-                SIZE=size, WIDTH=triton.next_power_of_2(size), HAS_DELTA=delta is not None, PICKS=rows is not None,
-            )  # fmt: skip
+        add_norm[(count,)](
+            hidden, hidden if delta is None else delta, weight, out if rows is None else rows, out, self._epsilon,
+            SIZE=size, WIDTH=triton.next_power_of_2(size), HAS_DELTA=delta is not None, PICKS=rows is not None,
+        )  # fmt: skip
         return out
 
     def _make_heads(
