@@ -113,6 +113,7 @@ class FusedModel(GraphedModel):
             delta = attended.flatten(1) @ layer.output
             normed = self._norm(hidden, delta, layer.post_norm)
             delta = _gated(normed @ layer.gate_up) @ layer.down
+            # No module of a layer runs here, so no hook does.
             if number in self._tapped:
                 self._tapped[number] = hidden + delta
         self._gather_features()

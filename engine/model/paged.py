@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tailserve.engine.model.attention import AttentionBackend, KVCache, PackedSequences, PagedContext
-from tailserve.engine.model.spans import Span, pack
+from tailserve.engine.model.spans import PackedSpans, Span, pack
 from tailserve.engine.speculation.sampling import pick
 
 
@@ -75,7 +75,9 @@ class TransformersModel:
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> torch.Tensor:
         """See `PagedModel.forward`."""
-        batch = pack(spans, self.block_size)
+        return self._compute(pack(spans, self.block_size))
+
+    def _compute(self, batch: PackedSpans) -> torch.Tensor:
         sequences = PackedSequences(batch.query_starts, batch.context_lens, batch.block_tables, self._tensor(batch.slots))
         return self._logits(
             self._tensor(batch.token_ids),

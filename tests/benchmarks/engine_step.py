@@ -29,10 +29,11 @@ VARIANTS = {
     "avx2": "its products in AVX2 assembly",
     "avx512": "the same in AVX-512",
     "amx": "its products in matrix tiles (AMX)",
-    "graphs": "on a GPU: transformers' modules as CUDA graphs, attention in Triton",
-    "fused": "on a GPU: the same with single kernels between products, which share their input",
+    "graphs": "transformers' modules as CUDA graphs, attention in Triton",
+    "fused": "the same with single kernels between products, and products of one input made at once",
     "int8": "weights and activations of products as 8-bit integers (AVX512-VNNI): other answers",
 }
+GPU_VARIANTS = ("graphs", "fused")
 SHAPES = {
     "decode B=1": (1, 300, 1),
     "decode B=8": (8, 300, 1),
@@ -162,16 +163,14 @@ def available() -> list[str]:
     from tailserve.engine.model import amx, avx2, avx512
 
     if torch.cuda.is_available():
-        return ["reference", "graphs", "fused"]
+        return ["reference", *GPU_VARIANTS]
     has = {
-        "graphs": False,
-        "fused": False,
         "amx": amx.HAS_AMX,
         "avx2": avx2.HAS_AVX2,
         "avx512": avx512.HAS_BF16_DOT,
         "int8": avx512.HAS_INT8_DOT,
     }
-    return [name for name in VARIANTS if has.get(name, True)]
+    return [name for name in VARIANTS if name not in GPU_VARIANTS and has.get(name, True)]
 
 
 def router_parts() -> dict[str, float]:

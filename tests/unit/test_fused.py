@@ -109,6 +109,13 @@ def test_picks_what_the_reference_picks(vocab: int) -> None:
     assert torch.equal(cuda_pick(logits, temperatures, keys), pick(logits, temperatures, keys))
 
 
+def test_what_is_no_number_is_not_picked() -> None:
+    """Nor a token behind the last, where all are none."""
+    logits = torch.full((2, 5000), torch.nan)
+    logits[0, 4500] = -3.0
+    assert cuda_pick(logits, [0.0, 1.0], noise_keys([1, 2], [0, 0])).tolist() == [4500, 0]
+
+
 def test_of_equals_the_first_is_picked() -> None:
     logits = torch.zeros(2, 9000)
     logits[0, [4095, 4096, 8999]] = 1.0
