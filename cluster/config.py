@@ -86,7 +86,7 @@ class Resources(_Strict):
     ingress_cpus: float = Field(default=0.25, ge=0)
     router_cpus: float = Field(default=0.25, ge=0)
     verifier_cpus: float = Field(default=1.0, ge=0, description="of each rank")
-    verifier_gpus: float = Field(default=0, ge=0, description="of each rank; 0 serves from CPUs")
+    verifier_gpus: float = Field(default=0, ge=0, description="of each rank, set aside by Ray; device says where it runs")
     draft_cpus: float = Field(default=0.25, ge=0)
     draft_gpus: float = Field(default=0, ge=0)
     placement: Literal["STRICT_PACK", "PACK"] = Field(
