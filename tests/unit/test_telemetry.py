@@ -12,9 +12,10 @@ from edge import Edge
 from prometheus_client.parser import text_string_to_metric_families
 
 from tailserve.deployments import metrics
+from tailserve.deployments.generation import Generation
 from tailserve.deployments.metrics import Gatherer, Page, merge
 from tailserve.deployments.telemetry import REQUEST_S, TOKEN_S, InstanceMetrics, RequestMetrics
-from tailserve.engine.types import FinishReason, SloClass, TokenChunk
+from tailserve.engine.types import FinishReason, Request, SamplingParams, SloClass, TokenChunk
 
 CLASSES = {
     "normal": SloClass(name="normal", priority=1, ttft_s=60.0, tpot_s=60.0),
@@ -47,6 +48,24 @@ async def values(edge: Edge) -> dict[tuple[str, str], float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+@pytest.mark.parametrize("read_on", [True, False])
+async def test_a_last_piece_does_not_wait_for_what_is_counted_of_its_answer(edge: Edge, read_on: bool) -> None:
+    request = Request(id="r/u/0", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=3, seed=0), slo_class="normal")
+    ended = []
+    generation = Generation(edge.router, edge.service._text, [request], stops=[])
+    generation.on_end = lambda choice, reason: ended.append((choice.num_tokens, reason))
+    await generation.start()
+    pieces = generation.pieces()
+    while (await anext(pieces)).finish_reason is None:
+        pass
+    assert not ended
+    if read_on:
+        assert await anext(pieces, None) is None
+    else:
+        await pieces.aclose()  # type: ignore[attr-defined]
+    assert ended == [(3, FinishReason.LENGTH)]
 
 
 async def test_every_answer_counts_once_by_its_class_and_whether_it_was_in_time(counted: Edge) -> None:
