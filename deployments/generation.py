@@ -192,8 +192,6 @@ class Generation:
         """
         by_id = {choice.request.id: choice for choice in self.choices}
         open_choices = len(by_id)
-        ended: list[Choice] = []
-        """To be noted behind their last piece, which need not wait for that."""
         try:
             while open_choices:
                 chunk = await self._queue.get()
@@ -202,29 +200,29 @@ class Generation:
                     continue
                 if chunk.finish_reason is FinishReason.ERROR:
                     choice.ended = FinishReason.ERROR
-                    ended.append(choice)
+                    self._note_end(choice)
                     raise InternalError(chunk.error or "the request could not be completed")
                 piece = choice.take(chunk)
-                if choice.finished:
+                ended = choice.finished
+                if ended:
                     open_choices -= 1
-                    ended.append(choice)
                     if chunk.finish_reason is None:
                         self._client.cancel(chunk.request_id)
                     elif not choice.cut and chunk.finish_reason is not FinishReason.ABORT and self.on_complete:
                         self.on_complete(choice)
-                if piece is not None:
-                    yield piece
-                self._note_ends(ended)
+                try:
+                    if piece is not None:
+                        yield piece
+                finally:
+                    # The last piece need not wait for what is counted of its answer.
+                    if ended:
+                        self._note_end(choice)
         finally:
-            self._note_ends(ended)
             self.close()
 
-    def _note_ends(self, choices: list[Choice]) -> None:
-        """Says of each of these that it ended, once."""
-        while choices:
-            choice = choices.pop(0)
-            if self.on_end is not None and choice.ended is not None:
-                self.on_end(choice, choice.ended)
+    def _note_end(self, choice: Choice) -> None:
+        if self.on_end is not None and choice.ended is not None:
+            self.on_end(choice, choice.ended)
 
     def abort(self) -> None:
         """Ends the sequences that still run; the response ends with finish reason "abort"."""
@@ -239,7 +237,7 @@ class Generation:
             if not choice.finished:
                 choice.ended = FinishReason.ABORT
                 self._client.cancel(choice.request.id)
-                self._note_ends([choice])
+                self._note_end(choice)
         while self.on_close:
             self.on_close.pop()()
 
