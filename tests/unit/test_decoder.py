@@ -28,6 +28,8 @@ from tailserve.engine.model.vectors import exp, read, write
 from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.sampling import noise_keys, pick
 
+pytestmark = pytest.mark.cores
+
 needs_avx2 = pytest.mark.skipif(not avx2.HAS_AVX2, reason="no AVX2")
 
 

@@ -34,6 +34,8 @@ from tailserve.engine.options import LoadOptions
 from tailserve.engine.speculation.drafter import Draft, DraftRow, DraftWork, RowStates, StateMessage
 from tailserve.engine.speculation.ngram import NgramDrafter
 
+pytestmark = pytest.mark.cores
+
 LAYERS = (0, 2)
 VOCAB = TINY["vocab_size"]
 

@@ -13,6 +13,8 @@ import pytest
 from tiny import TINY, save_model
 from transformers import LlamaConfig
 
+pytestmark = pytest.mark.cores
+
 MODEL = Path(__file__).parents[2] / "engine" / "model"
 PROGRAM = """
 import sys

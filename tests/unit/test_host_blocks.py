@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 from tailserve.engine.model.host import host_blocks
 from tailserve.engine.types import BlockMove
 
+pytestmark = pytest.mark.cores
+
 VOCAB = int(str(TINY["vocab_size"]))
 OPENINGS = list(prompts(5, VOCAB, longest=24))
 

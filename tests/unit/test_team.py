@@ -21,6 +21,8 @@ from tailserve.engine.model.team import (
     team_of,
 )
 
+pytestmark = pytest.mark.cores
+
 KERNELS, TASKS = 400, 111
 
 
