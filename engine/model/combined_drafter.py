@@ -55,7 +55,9 @@ def _order(match: Draft, guesses: Sequence[Draft]) -> list[Draft]:
     if not guesses:
         return [alone, *others]
     first, *more = guesses
-    if first.token_ids[0] == match.token_ids[0]:
+    # Where the head drew by chance, what it drew may not decide whether that is verified.
+    likeliest = first.candidates[0][0][0] if first.candidates else first.token_ids[0]
+    if likeliest == match.token_ids[0]:
         return [msgspec.structs.replace(alone, kind=KIND), *more, *others]
     if first.confidences[0] < UNSURE and match.confidences[0] >= LONG:
         return [alone, first, *more, *others]

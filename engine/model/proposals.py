@@ -53,9 +53,10 @@ def extend(proposals: Sequence[Proposal], logits: torch.Tensor, names: Sequence[
     for place, (proposal, index, confidence) in enumerate(zip(proposals, best.indices.tolist(), confidences, strict=True)):
         row, draft = proposal.row, proposal.draft
         if row.temperature > 0:
-            position = draft.base_len + len(draft.token_ids)
-            index, (ids, probs) = draw_candidates(logits[place], row.temperature, row.seed, position, NUM_CANDIDATES)
-            confidence = probs[ids.index(index)]
+            first, number = draft.base_len, len(draft.token_ids)
+            index, (ids, probs) = draw_candidates(logits[place], row.temperature, row.seed, first, number, NUM_CANDIDATES)
+            # Of what was drawn from, not of what was drawn: a token may not decide whether it is verified.
+            confidence = probs[0]
             draft.candidates.append((ids if names is None else [names[n] for n in ids], probs))
         proposal.add(index if names is None else names[index], confidence, index)
 

@@ -70,9 +70,10 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
     base_len: int
     token_ids: list[int]
     confidences: list[float] = []
-    """How sure the draft is of each token, given those before it, 0 to 1. Empty if it cannot say."""
+    """How sure the draft is of each token, given those before it, 0 to 1; of one that was drawn by chance, how likely the
+    likeliest was. Empty if it cannot say."""
     candidates: list[Candidates] = []
-    """For each token, what it was drawn from; empty if nothing was left to chance."""
+    """For each token, what it was drawn from, the likeliest first; empty if nothing was left to chance."""
     kind: str = ""
     """What proposed it: confidences of different kinds mean different things."""
     others: list[Draft] = []

@@ -16,9 +16,18 @@ ACCEPT_STREAM = 0x8CB92BA72F3D8DD7
 """Mixed into a request's seed: what draws a draft, what accepts it and what replaces it must be independent."""
 
 
+def round_seed(seed: int, stream: int, first: int) -> int:
+    """The seed of one round, whose draft begins at position `first`.
+
+    Block verification has looked at a whole draft and all its chances when it ends before the last of them. What it has
+    looked at is no longer random: a later round that reaches the same positions needs numbers of its own.
+    """
+    return int(noise_keys([seed ^ stream], [first]).view(np.uint64)[0, 0])
+
+
 def uniforms(seed: int, first: int, count: int) -> list[float]:
-    """Numbers between 0 and 1, both excluded, for `count` positions from `first` on."""
-    keys = noise_keys([seed ^ ACCEPT_STREAM] * count, range(first, first + count))
+    """Numbers between 0 and 1, both excluded, for a draft of `count` tokens from position `first` on."""
+    keys = noise_keys([round_seed(seed, ACCEPT_STREAM, first)] * count, range(count))
     bits = keys[:, 0].view(np.uint32) >> np.uint32(8)
     result: list[float] = ((bits + 0.5) * 2.0**-24).tolist()
     return result
@@ -59,10 +68,11 @@ def verify_sampled(
 
 
 def draw_candidates(
-    logits: torch.Tensor, temperature: float, seed: int, position: int, num_candidates: int
+    logits: torch.Tensor, temperature: float, seed: int, first: int, place: int, num_candidates: int
 ) -> tuple[int, Candidates]:
-    """A draft's draw from float32 logits [n]: an index, and the distribution over at most `num_candidates` indices."""
+    """A draft's draw from float32 logits [n]: an index, and the distribution over at most `num_candidates` indices, the
+    likeliest first. It is token `place` of a draft that begins at position `first`."""
     best = logits.topk(min(num_candidates, len(logits)))
     probs = (best.values / temperature).softmax(-1)
-    place = int(pick(probs.log().unsqueeze(0), [1.0], noise_keys([seed ^ DRAFT_STREAM], [position]))[0])
+    place = int(pick(probs.log().unsqueeze(0), [1.0], noise_keys([round_seed(seed, DRAFT_STREAM, first)], [place]))[0])
     return int(best.indices[place]), (best.indices.tolist(), probs.tolist())

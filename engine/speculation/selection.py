@@ -66,11 +66,13 @@ class DraftSelection:
     ) -> dict[int, list[int]]:
         """Row to how many tokens of each of its drafts to verify, in a step of `num_tokens` for `num_sequences`.
 
-        A class with a fixed number gets it; for the others the policy chooses.
+        A class with a fixed number gets it; for the others the policy chooses. A draft that was drawn by chance is taken as
+        it is: it ended where a further token was not worth its time (`DraftRow.least`), whichever that would have been. To
+        choose among tokens by what they turned out to be would change what answers are likely.
         """
         fixed, survivals = {}, {}
         for row, (entry, fitting) in offers.items():
-            if entry.seq.slo.speculation == "auto":
+            if entry.seq.slo.speculation == "auto" and not fitting[0].candidates:
                 survivals[row] = [self._acceptance.survivals(draft, entry.seq.draft_record) for draft in fitting]
             else:
                 fixed[row] = [len(draft.token_ids) for draft in fitting]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from exact import RULES, check_three_tokens
+from exact import RULES, check_answers
 from fakes import engine_config, make_request, run_to_end
 from local import LocalDrafter, Models
 from oracle import greedy_answers
@@ -86,7 +86,10 @@ def test_greedy_in_float32_equals_generate(
 
 
 @pytest.mark.parametrize("in_flight", [1, 8])
+@pytest.mark.parametrize("speculation", [3, "auto"])
 @pytest.mark.parametrize(("draft", "rule"), RULES)
-def test_three_tokens_follow_the_exact_distribution(draft: str | float, rule: str, in_flight: int, tmp_path: Path) -> None:
+def test_answers_follow_the_exact_distribution(
+    draft: str | float, rule: str, speculation: int | str, in_flight: int, tmp_path: Path
+) -> None:
     """See `exact`: a correct sampler fails this for one choice of seeds in 100,000, and the seeds are fixed."""
-    check_three_tokens(tmp_path, draft, rule, in_flight=in_flight, seeds=6000)
+    check_answers(tmp_path, draft, rule, in_flight=in_flight, seeds=6000, speculation=speculation)

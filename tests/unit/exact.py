@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import product
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
 import transformers
-from fakes import make_request, run_to_end
+from fakes import NORMAL, make_request, run_to_end
 from local import Models
+from msgspec.structs import replace
 from tiny import TINY, save_model
 
 RULES: list[tuple[str | float, str]] = [
@@ -23,8 +23,14 @@ RULES: list[tuple[str | float, str]] = [
 compared token by token elsewhere."""
 
 
-def check_three_tokens(folder: Path, draft: str | float, rule: str, *, in_flight: int, seeds: int) -> None:
-    """Many seeds on a model of 6 tokens, against all 216 answers and their probabilities.
+LENGTH, JUDGED = 5, 3
+"""Tokens of an answer, and how many of its last are judged: a draft and what follows when it ends early are before them."""
+
+
+def check_answers(
+    folder: Path, draft: str | float, rule: str, *, in_flight: int, seeds: int, speculation: int | str = 3
+) -> None:
+    """Many seeds on a model of 6 tokens, against the probabilities of all 216 ends that an answer may have.
 
     The statistic is chi-square over answers expected at least 5 times, the others pooled. Its threshold is the value that
     a correct sampler exceeds for one choice of seeds in 100,000; the seeds are fixed, so there is no false alarm in CI.
@@ -40,10 +46,11 @@ def check_three_tokens(folder: Path, draft: str | float, rule: str, *, in_flight
         sampled_drafts=rule in ("token", "block"),
         block=rule == "block",
         draft_branches=3 if rule == "branches" else 1,
+        classes=(replace(NORMAL, speculation=speculation),),
     )
     for seed in range(seeds):
-        engine.add(make_request(prompt, id=str(seed), seed=seed, max_tokens=3, **fields))
-    seen = Counter(tuple(tokens) for tokens in run_to_end(engine, max_steps=4 * seeds).tokens.values())
+        engine.add(make_request(prompt, id=str(seed), seed=seed, max_tokens=LENGTH, **fields))
+    seen = Counter(tuple(tokens[-JUDGED:]) for tokens in run_to_end(engine, max_steps=6 * seeds).tokens.values())
     assert set(seen) <= set(exact)
     common = {answer: p * count for answer, p in exact.items() if p * count >= 5}
     rest = count - sum(common.values())
@@ -60,12 +67,11 @@ def check_three_tokens(folder: Path, draft: str | float, rule: str, *, in_flight
 def _exact(
     models: Models, prompt: list[int], *, temperature: float, top_k: int, top_p: float
 ) -> dict[tuple[int, ...], float]:
-    """Probability of each possible answer of three tokens, from transformers' own logits and a sort."""
+    """Probability of each end that an answer may have, from transformers' own logits and a sort."""
     oracle = transformers.AutoModelForCausalLM.from_pretrained(models.path, dtype=torch.float32)
 
-    def step(tokens: list[int]) -> list[float]:
-        with torch.no_grad():
-            probs = (oracle(torch.tensor([tokens])).logits[0, -1] / temperature).softmax(-1).tolist()
+    def distribution(logits: torch.Tensor) -> list[float]:
+        probs = (logits / temperature).softmax(-1).tolist()
         ranked = sorted(range(6), key=lambda token: -probs[token])[:top_k]
         total = sum(probs[token] for token in ranked)
         kept, mass = [], 0.0
@@ -76,15 +82,17 @@ def _exact(
             mass += probs[token]
         return [probs[token] / mass if token in kept else 0.0 for token in range(6)]
 
-    result: dict[tuple[int, ...], float] = {}
-    after: dict[tuple[int, ...], list[float]] = {}
-    for answer in product(range(6), repeat=3):
-        probability = 1.0
-        for length in range(3):
-            seen = answer[:length]
-            if seen not in after:
-                after[seen] = step(prompt + list(seen))
-            probability *= after[seen][answer[length]]
-        if probability > 0:
-            result[answer] = probability
-    return result
+    begun: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(LENGTH):
+        with torch.no_grad():
+            logits = oracle(torch.tensor([[*prompt, *tokens] for tokens in begun])).logits[:, -1]
+        begun = {
+            (*tokens, token): probability * share
+            for (tokens, probability), row in zip(begun.items(), logits, strict=True)
+            for token, share in enumerate(distribution(row))
+            if share > 0
+        }
+    ends: dict[tuple[int, ...], float] = defaultdict(float)
+    for tokens, probability in begun.items():
+        ends[tokens[-JUDGED:]] += probability
+    return ends

@@ -4,13 +4,13 @@ import itertools
 import random
 
 import pytest
-from fakes import Answers, InlineDrafter, TimedExecutor, engine_config, make_request
+from fakes import NORMAL, Answers, FakeExecutor, InlineDrafter, TimedExecutor, engine_config, make_request
 from msgspec.structs import replace
 
 from tailserve.engine.cost import StepTimes
 from tailserve.engine.engine import Engine
 from tailserve.engine.speculation.acceptance import Acceptance, OwnRecord
-from tailserve.engine.speculation.drafter import Draft
+from tailserve.engine.speculation.drafter import Draft, DraftResult, DraftWork
 from tailserve.engine.speculation.policy import FIRST_REST, TRIAL, DraftPolicy
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -161,3 +161,33 @@ def test_a_pause_does_not_make_drafts_look_better() -> None:
     for _ in range(TRIAL):
         policy.note_step(1, 1, 0.02, 0.01, drafted=True)
     assert not policy.pays(1)
+
+
+@pytest.mark.parametrize("by_chance", [False, True])
+def test_a_draft_by_chance_is_verified_as_far_as_it_goes(by_chance: bool) -> None:
+    """To choose among its tokens by what they turned out to be would change what answers are likely."""
+
+    class Unlikely:
+        incarnation = 0
+
+        def send(self, work: DraftWork) -> bool:
+            self.work = work
+            return True
+
+        def receive(self, number: int, timeout_s: float) -> DraftResult:
+            candidates = [([1, 2], [0.5, 0.5])] * 2 if by_chance else []
+            drafts = {
+                row.row: Draft(row.keep + len(row.token_ids), [1, 2], [0.03, 0.03], candidates) for row in self.work.rows
+            }
+            return DraftResult(number, drafts)
+
+    settings = engine_config(
+        classes=(replace(NORMAL, speculation="auto"),),
+        step_profile=tuple((size, 0.01 * size) for size in (1, 2, 4, 8, 16, 32)),
+    )
+    executor = FakeExecutor(settings)
+    engine = Engine(settings, executor, Unlikely())
+    engine.add(make_request([5, 6], max_tokens=20, temperature=1.0))
+    for _ in range(3):
+        engine.step()
+    assert any(batch.drafts for batch in executor.batches) == by_chance

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from exact import check_three_tokens
+from exact import check_answers
 from fakes import Answers, make_request, run_to_end
 from local import Models, prompts
 from tiny import TINY
@@ -130,5 +130,5 @@ def test_logprobs_do_not_depend_on_the_draft(models: Models) -> None:
 
 
 @pytest.mark.parametrize(("draft", "rule"), [(0.3, "branches"), (0.3, "block"), ("none", "one_hot")])
-def test_three_tokens_follow_the_exact_distribution(draft: str | float, rule: str, tmp_path: Path) -> None:
-    check_three_tokens(tmp_path, draft, rule, in_flight=8, seeds=1000)
+def test_answers_follow_the_exact_distribution(draft: str | float, rule: str, tmp_path: Path) -> None:
+    check_answers(tmp_path, draft, rule, in_flight=8, seeds=1000)

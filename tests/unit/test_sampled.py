@@ -5,6 +5,7 @@ Seeds are fixed, so nothing here can fail by accident; thresholds say what a fai
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -12,6 +13,9 @@ import pytest
 import torch
 from fakes import make_request
 
+from tailserve.engine.model.combined_drafter import _order
+from tailserve.engine.model.proposals import Proposal, extend
+from tailserve.engine.speculation.drafter import Draft, DraftRow
 from tailserve.engine.speculation.sampled import draw_candidates, uniforms, verify_sampled
 from tailserve.engine.speculation.sampling import distribution, noise_keys, pick
 from tailserve.engine.speculation.verify import count_by_block, count_by_token, residual
@@ -27,7 +31,7 @@ def draft_and_verify(logits, draft_logits, seed: int, block: bool, temperature: 
     sampling = make_request([1], temperature=temperature, top_k=top_k, seed=seed).sampling
     draft, candidates = [], []
     for n in range(LENGTH):
-        index, drawn = draw_candidates(draft_logits[tuple(draft)], temperature, seed, 10 + n, 3)
+        index, drawn = draw_candidates(draft_logits[tuple(draft)], temperature, seed, 10, n, 3)
         draft.append(index)
         candidates.append(drawn)
     rows = torch.stack([logits[tuple(draft[:n])] for n in range(LENGTH + 1)])
@@ -115,3 +119,45 @@ def test_uniform_numbers_are_independent_of_the_noise_and_never_0_or_1() -> None
     assert ((counts - 2000) ** 2 / 2000).sum() < 97
     other = noise_keys([0] * 50, range(50))[:, 0]
     assert abs(np.corrcoef(numbers[0], other)[0, 1]) < 0.6
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_rounds_that_follow_one_another_are_independent(block: bool) -> None:
+    """What ends a draft says something of all its tokens and of all chances; the next round must know nothing of it.
+
+    Chi-square with 7 degrees of freedom: a correct rule exceeds the threshold for one choice of seeds in 100,000.
+    """
+    target, proposed = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    count, seen = 3000, Counter[tuple[int, ...]]()
+    for seed in range(count):
+        sampling = make_request([1], temperature=1.0, seed=seed).sampling
+        tokens: list[int] = []
+        while len(tokens) < 3:
+            first = 10 + len(tokens)
+            drawn = [draw_candidates(proposed, 1.0, seed, first, place, 2) for place in range(2)]
+            draft, candidates = [index for index, _ in drawn], [kept for _, kept in drawn]
+            logits = target.repeat(3, 1)
+            tokens += verify_sampled(logits, sampling, draft, candidates, position=first, num_output=0, block=block)
+        seen[tuple(tokens[:3])] += 1
+    mean = count / 8
+    assert sum((seen[answer] - mean) ** 2 / mean for answer in product(range(2), repeat=3)) < 35
+
+
+def test_how_sure_a_draft_is_does_not_say_what_it_drew() -> None:
+    """A token that decides whether it is verified would be in the answer less often than it should."""
+    logits = torch.tensor([[0.9, 0.1]]).log()
+    told = set()
+    for seed in range(30):
+        proposal = Proposal(DraftRow(0, 0, [1], 1, temperature=1.0, seed=seed), "draft")
+        extend([proposal], logits)
+        told.add((proposal.token_ids[0], round(proposal.draft.confidences[0], 4)))
+    assert told == {(0, 0.9), (1, 0.9)}
+
+
+@pytest.mark.parametrize("drawn", [0, 1])
+@pytest.mark.parametrize("likeliest", [0, 1])
+def test_whether_an_n_gram_goes_first_does_not_depend_on_what_a_head_drew(drawn: int, likeliest: int) -> None:
+    match = Draft(1, [0, 0], [0.9, 0.9], kind="ngram")
+    guess = Draft(1, [drawn], [0.9], [([likeliest, 1 - likeliest], [0.9, 0.1])], kind="head")
+    first = _order(match, [guess])[0]
+    assert first.token_ids == ([0, 0] if likeliest == 0 else [drawn])
