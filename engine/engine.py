@@ -32,7 +32,7 @@ of the step by which many end sooner than expected. Whoever comes later waits fo
 PREFIX_POLL_S = 0.001
 """How soon after it comes a draft's prefix is passed on."""
 MAX_LOSSES = 3
-"""Losses of the executor with no step completed between them, after which its requests end: one of them may be the cause."""
+"""Losses of the executor after which requests end that got nothing between them, all if no step was completed at all."""
 
 
 class _UnderWay(NamedTuple):
@@ -285,7 +285,7 @@ class Engine:
         chunks = self.scheduler.take_ended()
         self._under_way.clear()
         self._committed_at = None
-        self.scheduler.recover()
+        chunks += self.scheduler.recover(MAX_LOSSES, f"the verifier was lost {MAX_LOSSES} times while this ran: {reason}")
         self.stats.executor_restarts += 1
         self._losses += 1
         if self._losses >= MAX_LOSSES:

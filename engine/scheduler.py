@@ -95,6 +95,9 @@ class Scheduler:
         self.pins.begin(seq, now)
         self.residency.enter(seq)
         seq.num_found = self.residency.count_cached(seq)
+        if self.residency.room(seq) <= 0:
+            # Carried on from where the context was longer.
+            self._ended.append(self._finish(seq, Stop(FinishReason.LENGTH)))
 
     def abort(self, request_id: str) -> TokenChunk | None:
         """Ends a request now; its blocks are free on return. None if there is no such request (any more)."""
@@ -180,10 +183,15 @@ class Scheduler:
         """See `DraftSelection.survivals`, of a step under way."""
         return self._selection.survivals(self._in_flight[step])
 
-    def recover(self) -> None:
-        """The verifier lost its rows and its KV: everything goes on from its tokens."""
+    def recover(self, most: int, error: str) -> list[TokenChunk]:
+        """The verifier lost its rows and its KV: everything goes on from its tokens. But for what was part of `most` lost
+        steps and got no token between them: it may be the cause, and ends with ERROR."""
+        for seq in {id(entry.seq): entry.seq for work in self._in_flight.values() for entry in work}.values():
+            seq.num_losses += 1
         self._in_flight.clear()
         self.residency.evacuate()
+        causes = [seq for seq in self._sequences.values() if seq.num_losses >= most]
+        return [self._finish(seq, Stop(FinishReason.ERROR), error=error) for seq in causes]
 
     def check_integrity(self) -> None:
         """Every block and every sequence is accounted for exactly once. AssertionError names what is not. O(blocks)."""
@@ -217,6 +225,7 @@ class Scheduler:
             if stop is not None:
                 break
         self.stats.generated_tokens += taken
+        seq.num_losses = 0
         # All but the last token of a step are drafts that held; what lies behind a stop was accepted for nothing.
         accepted = min(taken, len(token_ids) - 1)
         seq.num_accepted_drafts += accepted

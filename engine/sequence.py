@@ -51,6 +51,7 @@ class Sequence:
         "num_drafted",
         "num_found",
         "num_kept",
+        "num_losses",
         "num_preemptions",
         "num_prefix",
         "num_registered",
@@ -109,6 +110,8 @@ class Sequence:
         """When it was first part of a step; None before."""
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_losses = 0
+        """Steps of its that were lost with the verifier, since it last got a token."""
         self.paused = False
         """It has lost its slot, and was part of no step since."""
         self.paused_s = 0.0

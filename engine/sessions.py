@@ -20,7 +20,8 @@ def sharing_scope(
     that strangers cannot probe each other's prompts by timing.
     """
     owners = (("session", session_id), ("key", prompt_cache_key), ("user", user))
-    owner = next(((kind, value) for kind, value in owners if value is not None), None)
+    # An empty name is none: it would be everybody's.
+    owner = next(((kind, value) for kind, value in owners if value), None)
     if owner is None and not tenant and cache_salt is None:
         return None
     return msgspec.json.encode((tenant, owner, cache_salt)).decode()

@@ -3,7 +3,7 @@ from fakes import Answers, FakeExecutor, InlineDrafter, engine_config, expected_
 
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import ExecutorLostError, InvalidRequestError
-from tailserve.engine.types import FinishReason
+from tailserve.engine.types import FinishReason, StepResult
 
 
 class Clock:
@@ -222,7 +222,7 @@ def test_an_executor_that_is_lost_again_and_again_ends_its_requests_instead_of_g
     executor.fail_next = 100
     answers = run_to_end(engine, max_steps=10)
     assert answers.ends[request.id].finish_reason is FinishReason.ERROR
-    assert "3 times in a row" in (answers.ends[request.id].error or "")
+    assert "3 times while this ran" in (answers.ends[request.id].error or "")
     executor.fail_next = 0
     after = make_request([1, 2, 3])
     engine.add(after)
@@ -355,3 +355,29 @@ def test_a_sequence_that_is_about_to_end_is_not_displaced() -> None:
         clock.now += 1.0
     assert answers.tokens == {r.id: expected_answer(r.prompt_token_ids, r.sampling.max_tokens) for r in (normal, urgent)}
     assert engine.stats.preemptions == 0
+
+
+def test_a_request_that_kills_the_verifier_again_and_again_ends_whatever_is_done_between() -> None:
+    engine, executor, _ = make_engine(max_num_batched_tokens=8)
+    poll, done = executor.poll, [0]
+
+    def killed_at_its_third_chunk(timeout_s: float | None = None) -> StepResult | None:
+        if executor.waiting[0].lengths and done[0] == 2:
+            done[0] = 0
+            raise ExecutorLostError("out of memory")
+        done[0] += 1
+        return poll(timeout_s)
+
+    executor.poll = killed_at_its_third_chunk  # type: ignore[method-assign]
+    request = make_request(list(range(1, 30)))
+    engine.add(request)
+    answers = run_to_end(engine, max_steps=30)
+    assert "3 times while this ran: out of memory" in (answers.ends[request.id].error or "")
+    assert executor.restarts == 3
+
+
+def test_a_request_carried_on_where_the_context_is_shorter_ends_with_what_it_has() -> None:
+    engine, _, _ = make_engine()
+    request = make_request(list(range(1, 31)), max_tokens=40, carried=tuple(range(34)))
+    engine.add(request)
+    assert run_to_end(engine).ends[request.id].finish_reason is FinishReason.LENGTH
