@@ -29,6 +29,9 @@ SUBMIT_ATTEMPTS = 3
 """Instances that may not take a new request before it is refused; Serve hears of a death a moment later."""
 ASK_S = 5.0
 """How long one of them may think about it: one that is out of reach never answers."""
+OVERDUE, MOST_OVERDUE_S = 0.05, 0.1
+"""How much later than a request's own deadline it is ended here, if its instance has not: a step may hang. A share of the
+time it had, and seconds at most."""
 RETRY_S = 0.1
 AVOID_S = 30.0
 """How long an instance that was lost is avoided, unless it is heard of: Serve may think for as long that it lives."""
@@ -80,6 +83,9 @@ class RouterClient:
                 text = f"{len(self._open)} sequences are open here, as many as may be; try again"
                 raise NotReadyError(text, retry_after_s=1.0)
             waiting = self._open[request.id] = OpenRequest(request, queue)
+            if request.timeout_s is not None:
+                late_s = min(OVERDUE * request.timeout_s, MOST_OVERDUE_S)
+                waiting.timer = asyncio.get_running_loop().call_later(waiting.left_s + late_s, self._expire, waiting)
             await self._place(waiting, self._timeouts.submit_s, SUBMIT_ATTEMPTS)
         except BaseException as error:
             self.cancel(request.id)
@@ -103,7 +109,11 @@ class RouterClient:
                 error = refusal
             else:
                 return
-            self._attempts.pop(attempt.id, None)
+            if self._attempts.pop(attempt.id, None) is None:
+                return  # it ended, or was carried on, by what its instance said of it meanwhile
+            if waiting.begun:
+                # An instance has it, whatever became of its word that it does.
+                waiting.carry()
             attempts = None if attempts is None else attempts - 1
             left = until - time.monotonic()
             if attempts == 0 or left <= 0:
@@ -146,6 +156,13 @@ class RouterClient:
     def _forget(self, gone: OpenRequest) -> None:
         del self._open[gone.request.id]
         self._attempts.pop(gone.attempt_id, None)
+        if gone.timer is not None:
+            gone.timer.cancel()
+
+    def _expire(self, waiting: OpenRequest) -> None:
+        """Its time is over, and its instance has not said so."""
+        self.cancel(waiting.request.id)
+        waiting.fail("its time is over")
 
     async def drop_session(self, tenant: str, session_id: str) -> int:
         """Frees what all instances keep of a session. Returns how many KV blocks that were."""

@@ -25,6 +25,8 @@ class OpenRequest:
         self.lost: set[str] = set()
         """Those that had it, or did not take it."""
         self.num_carried = 0
+        self.timer: asyncio.TimerHandle | None = None
+        """Ends it when its own deadline has passed."""
         self._num_asked = 0
         self._queue = queue
         self._sent_s = time.monotonic()
@@ -62,7 +64,7 @@ class OpenRequest:
         self.instance = None
         self.num_carried += 1
         self._carried = self._usage
-        self._began = bool(self._token_ids)
+        self._began = self.begun
 
     def next_attempt(self) -> Request:
         """The request as the next instance is to get it, under an id that none knows."""
@@ -70,6 +72,11 @@ class OpenRequest:
         self._num_asked += 1
         carried = tuple(self._token_ids) if self.num_carried else None
         return msgspec.structs.replace(self.request, id=self.attempt_id, carried=carried, age_s=self._age_s)
+
+    @property
+    def begun(self) -> bool:
+        """Whether tokens of it have come."""
+        return bool(self._token_ids)
 
     @property
     def left_s(self) -> float:

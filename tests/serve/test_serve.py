@@ -156,6 +156,23 @@ async def _steps_after_leaving(server: Server, url: str) -> list[int]:
     return steps
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_whose_time_is_over_ends_with_what_there_is(client: openai.AsyncOpenAI, stream: bool) -> None:
+    """Serve knows the header, too, and would cut the connection."""
+    answer: Any = await client.completions.create(
+        model=MODEL,
+        prompt="Once upon a time",
+        max_tokens=400,
+        stream=stream,
+        extra_body={"ignore_eos": True},
+        extra_headers={"x-request-timeout-seconds": "1"},
+    )
+    pieces = [piece async for piece in answer] if stream else [answer]
+    assert "".join(piece.choices[0].text for piece in pieces)
+    last = pieces[-1].choices[0]
+    assert (last.finish_reason, last.stop_reason) == ("length", "deadline")
+
+
 async def test_a_critical_request_takes_a_slot_and_the_displaced_one_completes(
     server: Server, client: openai.AsyncOpenAI, answers: list[str]
 ) -> None:

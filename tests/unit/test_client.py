@@ -338,3 +338,31 @@ async def test_what_no_instance_took_is_told() -> None:
     with pytest.raises(InvalidRequestError):
         await client.submit(request("r"), asyncio.Queue())
     assert told == [("r", "invalid_request")]
+
+
+async def test_tokens_that_come_before_the_word_that_a_request_was_taken_are_not_sent_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "ASK_S", 0.1)
+    instances = Instances("a")
+    client, queue = client_of(instances), asyncio.Queue[TokenChunk]()
+    await client.submit(request("other"), asyncio.Queue())
+    instances.open.clear()
+    placing = asyncio.create_task(client.submit(request("r"), queue))
+    await asyncio.sleep(0.02)
+    instances.push("a", TokenChunk("r", (5,)))
+    assert (await queue.get()).token_ids == (5,)
+    await asyncio.sleep(0.15)
+    instances.open.set()
+    await placing
+    assert instances.submitted[-1][1].carried == (5,)
+
+
+async def test_a_request_whose_instance_hangs_ends_when_its_time_is_over() -> None:
+    instances = Instances("a")
+    client, queue = client_of(instances), asyncio.Queue[TokenChunk]()
+    await client.submit(msgspec.structs.replace(request("r"), timeout_s=0.2), queue)
+    chunk = await asyncio.wait_for(queue.get(), 5)
+    assert (chunk.finish_reason, chunk.stop_reason) == (FinishReason.LENGTH, "deadline")
+    while "r" not in instances.aborted:
+        await asyncio.sleep(0.005)
