@@ -18,6 +18,9 @@ from tailserve.engine.types import FinishReason, Request, Timeline, TokenChunk, 
 if TYPE_CHECKING:
     from tailserve.deployments.request_span import RequestSpan
 
+NUM_BEHIND = 4
+"""Tokens of a prompt that say how a completion's first one reads."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -76,12 +79,10 @@ class Choice:
         self.usage, self.timeline = chunk.usage, chunk.timeline
         # A stop token is not part of the answer.
         shown = chunk.token_ids[:-1] if chunk.finish_reason is FinishReason.STOP else chunk.token_ids
-        text, early, num_read = self._read(shown, chunk, final=final)
-        text, stop = self.stops.push(text, final=final or early is not None)
-        self.num_tokens -= len(shown) - num_read
+        text, stop, num_read = self._read(shown, chunk, final=final)
         logprobs = (chunk.logprobs or ())[:num_read] if self.show_logprobs else ()
-        stop = stop if stop is not None else early
         if stop is not None:
+            self.num_tokens -= len(chunk.token_ids) - num_read
             self.ended, self.cut = FinishReason.STOP, True
             return Piece(self.index, text, logprobs, FinishReason.STOP, stop, alone)
         self.said += text
@@ -116,18 +117,26 @@ class Choice:
 
     def _read(self, shown: Sequence[int], chunk: TokenChunk, *, final: bool) -> tuple[str, str | None, int]:
         """The text of a chunk's tokens, why it ends before them all, if it does, and how many it is of."""
-        if self.early is None:
+        if self.early is None and not self.stops:
             return self.detokenizer.push(shown, final=final), None, len(shown)
         text = ""
-        before = self.num_tokens - len(chunk.token_ids)
+        # One by one: an answer ends with the same token whether a draft came with it or not.
         for place, token_id in enumerate(shown):
-            piece = self.detokenizer.push([token_id], final=final and place == len(shown) - 1)
-            end = chunk.logprobs[place].end if chunk.logprobs else None
-            kept, reason = self.early.push(token_id, piece, end)
-            if reason is not None and before + place + 1 >= self.request.sampling.min_tokens:
-                return text + kept, reason, place + 1
+            piece, early = self.detokenizer.push([token_id]), None
+            if self.early is not None:
+                end = chunk.logprobs[place].end if chunk.logprobs else None
+                kept, early = self.early.push(token_id, piece, end)
+                num_tokens = self.num_tokens - len(chunk.token_ids) + place + 1
+                if early is not None and num_tokens >= self.request.sampling.min_tokens:
+                    piece = kept
+                else:
+                    early = None
+            piece, stop = self.stops.push(piece, final=early is not None)
             text += piece
-        return text + (self.detokenizer.push([], final=True) if final else ""), None, len(shown)
+            if stop is not None or early is not None:
+                return text, stop if stop is not None else early, place + 1
+        piece, stop = self.stops.push(self.detokenizer.push([], final=final), final=final)
+        return text + piece, stop, len(shown)
 
 
 class Generation:
@@ -153,7 +162,8 @@ class Generation:
             Choice(
                 index,
                 request,
-                Detokenizer(text.decode),
+                # A chat's answer is a text of its own; a completion goes on in the middle of one.
+                Detokenizer(text.decode, () if operation == "chat" else request.prompt_token_ids[-NUM_BEHIND:]),
                 StopStrings(stops),
                 None if early_stop is None else EarlyStop(early_stop),
                 show_logprobs,

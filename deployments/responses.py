@@ -67,11 +67,10 @@ class ResponseFormat:
         if self.chat:
             return {"content": [self._chat_logprob(entry) for entry in entries], "refusal": None}
         return {
-            "tokens": [self._token(entry.token_id) for entry in entries],
+            "tokens": [self._key(entry.token_id) for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
             "top_logprobs": [
-                {self._token(token_id): logprob for token_id, logprob in entry.top} if entry.top else None
-                for entry in entries
+                {self._key(token_id): logprob for token_id, logprob in entry.top} if entry.top else None for entry in entries
             ],
             "text_offset": [position.advance(self.text.token_bytes(entry.token_id)) for entry in entries],
         }
@@ -88,7 +87,15 @@ class ResponseFormat:
         return chosen | {"top_logprobs": [one(token_id, logprob) for token_id, logprob in entry.top]}
 
     def _token(self, token_id: int) -> str:
-        return self.text.decode([token_id], skip_special_tokens=False)
+        return self.text.token_bytes(token_id).decode(errors="replace")
+
+    def _key(self, token_id: int) -> str:
+        """As `/v1/completions` names a token: by its bytes, as OpenAI does, where it is only part of a character."""
+        token = self.text.token_bytes(token_id)
+        try:
+            return token.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 async def whole_response(form: ResponseFormat, generation: Generation) -> dict[str, Any]:

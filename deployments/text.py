@@ -163,28 +163,34 @@ class Detokenizer:
     in front of a word, say), and holds tokens back while their bytes are no complete character yet.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], behind: Sequence[int] = ()) -> None:
+        """`behind`: the tokens in front, where the text goes on from theirs. What they read as is no part of it."""
         self._decode = decode
-        self.token_ids: list[int] = []
-        """All that were pushed."""
+        # Behind half a character its rest would be lost.
+        self._ids = [] if decode(behind).endswith("\ufffd") else list(behind)
         self._context = 0
-        self._emitted = 0
+        self._begin = self._emitted = len(self._ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All that were pushed."""
+        return self._ids[self._begin :]
 
     def push(self, token_ids: Sequence[int], *, final: bool = False) -> str:
         """The text that these tokens complete. With `final`, everything that is left."""
-        self.token_ids += token_ids
-        end = len(self.token_ids) - (0 if final else self._incomplete())
-        before = self._decode(self.token_ids[self._context : self._emitted])
-        text = self._decode(self.token_ids[self._context : end])
+        self._ids += token_ids
+        end = len(self._ids) - (0 if final else self._incomplete())
+        before = self._decode(self._ids[self._context : self._emitted])
+        text = self._decode(self._ids[self._context : end])
         if end > self._emitted:
             self._context, self._emitted = self._emitted, end
         return text[len(before) :]
 
     def _incomplete(self) -> int:
         """How many tokens at the end are the beginning of a character."""
-        total = len(self.token_ids)
+        total = len(self._ids)
         for held in range(min(MAX_HELD_TOKENS, total - self._emitted) + 1):
-            if not self._decode(self.token_ids[self._context : total - held]).endswith("\ufffd"):
+            if not self._decode(self._ids[self._context : total - held]).endswith("\ufffd"):
                 return held
         return min(MAX_HELD_TOKENS, total - self._emitted)
 
@@ -199,6 +205,10 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._stops)
 
     def push(self, text: str, *, final: bool = False) -> tuple[str, str | None]:
         """What may be shown now, and the stop string that was found, if any (the text then ends before it)."""

@@ -1,7 +1,10 @@
+import pytest
 from fakes import make_request
 
+from tailserve.deployments.generation import Choice
+from tailserve.deployments.text import Detokenizer, StopStrings
 from tailserve.engine.stopping import Stop, check_stop
-from tailserve.engine.types import FinishReason, SamplingParams
+from tailserve.engine.types import FinishReason, SamplingParams, TokenChunk, TokenLogprob
 
 
 def params(**fields: object) -> SamplingParams:
@@ -26,3 +29,20 @@ def test_an_end_at_the_last_allowed_token_is_an_end() -> None:
 def test_stop_tokens_wait_for_min_tokens() -> None:
     assert check_stop(2, 3, 10, params(min_tokens=4), 64) is None
     assert check_stop(2, 4, 10, params(min_tokens=4), 64) == Stop(FinishReason.STOP)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (4,), (1, 3), (3, 1)])
+def test_an_answer_ends_with_the_same_token_however_many_come_at_once(sizes: tuple[int, ...]) -> None:
+    """A draft brings several; those behind a stop string are neither counted nor told."""
+    text = Detokenizer(lambda ids, **_: "".join(chr(97 + token) for token in ids))
+    choice, tokens = Choice(0, make_request([1], max_tokens=9), text, StopStrings(["c"])), [0, 2, 1, 1]
+    pieces = []
+    for size in sizes:
+        part, tokens = tokens[:size], tokens[size:]
+        logprobs = tuple(TokenLogprob(token, -1.0) for token in part)
+        pieces.append(choice.take(TokenChunk("a", tuple(part), logprobs)))
+        if choice.finished:
+            break
+    told = [(piece.text, len(piece.logprobs)) for piece in pieces if piece is not None]
+    assert (choice.num_tokens, choice.ended) == (2, FinishReason.STOP)
+    assert ("".join(text for text, _ in told), sum(count for _, count in told)) == ("a", 2)

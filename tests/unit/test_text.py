@@ -5,10 +5,13 @@ import pytest
 from edge import write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
-from tailserve.deployments.responses import TextPosition
+from tailserve.deployments.openai import CompletionBody
+from tailserve.deployments.responses import ResponseFormat, TextPosition
 from tailserve.deployments.text import Detokenizer, StopStrings, TextModel
 from tailserve.engine.errors import ConfigError, InvalidRequestError
+from tailserve.engine.types import TokenLogprob
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +113,27 @@ def test_templates_for_training_render_too(tmp_path: Path) -> None:
 def test_a_directory_without_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="save_pretrained"):
         TextModel(tmp_path)
+
+
+def test_a_completion_keeps_the_space_in_front_of_its_first_word() -> None:
+    """Decoders of SentencePiece's kind take the space off the first token of a text; these are in the middle of one."""
+    tokenizer = Tokenizer(models.BPE(vocab={"\u2581is": 0, "\u2581Paris": 1, "Paris": 2}, merges=[]))
+    tokenizer.decoder = decoders.Metaspace()
+    detokenizer = Detokenizer(tokenizer.decode, [0])
+    assert [detokenizer.push([1]), detokenizer.push([1]), detokenizer.push([2], final=True)] == [" Paris", " Paris", "Paris"]
+    assert detokenizer.token_ids == [1, 1, 2]
+    assert Detokenizer(tokenizer.decode).push([1], final=True) == "Paris"
+
+
+def test_half_a_character_in_front_takes_nothing_along(text: TextModel) -> None:
+    tokens = text.encode("éa", add_special_tokens=False)
+    assert Detokenizer(text.decode, tokens[:1]).push(tokens[2:], final=True) == "a"
+
+
+def test_parts_of_characters_are_told_apart(text: TextModel) -> None:
+    first, second = text.encode("é", add_special_tokens=False)
+    form = ResponseFormat("cmpl", "tiny", CompletionBody(prompt="a", logprobs=2), text)
+    told = form.logprobs([TokenLogprob(first, -0.1, ((first, -0.1), (second, -3.0)))], TextPosition())
+    assert told is not None
+    assert told["top_logprobs"] == [{"bytes:\\xc3": -0.1, "bytes:\\xa9": -3.0}]
+    assert told["tokens"] == ["bytes:\\xc3"]
