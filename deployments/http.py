@@ -32,8 +32,8 @@ def create_app(service: Service) -> FastAPI:
 
     async def complete(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
         tenant = service.gate.identify(request.headers)
-        service.ready_info()
-        body = parse_body(kind, await read_body(request))
+        info = service.ready_info()
+        body = parse_body(kind, await read_body(request), context=info.max_model_len)
         form, generation = await service.start(body, request.headers, tenant)
         if body.stream:
             return EventStreamResponse(event_stream(form, generation), generation)
@@ -68,7 +68,9 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         service.gate.identify(request.headers)
-        return respond(service.detokenize(parse_body(DetokenizeBody, await read_body(request))))
+        info = service.ready_info()
+        body = parse_body(DetokenizeBody, await read_body(request), context=info.max_model_len)
+        return respond(await service.detokenize(body))
 
     @app.post("/abort_request")
     async def abort_request(request: Request) -> Response:

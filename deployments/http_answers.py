@@ -35,7 +35,7 @@ STATUS: list[tuple[type[TailserveError], int, str]] = [
     (TailserveError, 500, "server_error"),
 ]
 """Exception to HTTP status and OpenAI's error type; the first that fits."""
-MAX_BODY_BYTES = 32 << 20
+MAX_BODY_BYTES = 8 << 20
 
 
 def answer_errors(app: FastAPI) -> None:

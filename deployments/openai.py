@@ -217,9 +217,37 @@ class AbortBody(Strict):
     request_id: str = Field(min_length=1)
 
 
-def parse_body(kind: type[Body], data: bytes) -> Body:
-    """Checks a JSON body. InvalidRequestError names the first wrong field and what it would accept."""
-    return check_fields(kind, read_object(data))
+def parse_body(kind: type[Body], data: bytes, *, context: int | None = None) -> Body:
+    """Checks a JSON body. InvalidRequestError names the first wrong field and what it would accept.
+
+    `context`: tokens that the model's context holds; longer lists of token ids are refused unread.
+    """
+    fields = read_object(data)
+    if context is not None:
+        check_counts(fields, context)
+    return check_fields(kind, fields)
+
+
+def check_counts(fields: dict[str, Any], limit: int) -> None:
+    """InvalidRequestError for lists of token ids that no context holds, before each of them is looked at.
+
+    `limit`: the context's tokens; a list of as many is told by whoever knows what else goes into it.
+    """
+    for name in ("prompt", "tokens"):
+        value = fields.get(name)
+        if isinstance(value, list):
+            longest = max([len(value), *(len(entry) for entry in value[:64] if isinstance(entry, list))])
+            if longest > limit:
+                raise too_long(str(longest), limit, param=name)
+
+
+def too_long(num_tokens: str, limit: int, param: str = "prompt") -> InvalidRequestError:
+    """The refusal of a prompt of so many tokens."""
+    return InvalidRequestError(
+        f"the prompt has {num_tokens} tokens; the context holds {limit}, the answer included: shorten the prompt",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 def read_object(data: bytes | str) -> dict[str, Any]:

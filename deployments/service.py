@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,6 +19,7 @@ from tailserve.deployments.conversations import Conversations
 from tailserve.deployments.generation import Choice, Generation
 from tailserve.deployments.headers import short_header, timeout_of
 from tailserve.deployments.openai import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
+from tailserve.deployments.prompts import Prompts
 from tailserve.deployments.public import PublicPrefixes
 from tailserve.deployments.request_span import open_span, operation_of
 from tailserve.deployments.responses import ResponseFormat
@@ -31,8 +31,6 @@ from tailserve.engine.sessions import belongs_to_session, sharing_scope
 from tailserve.engine.types import FinishReason, ModelInfo, Request, SamplingParams
 
 MAX_CHOICES = 128
-LONG_TEXT = 8192
-"""Characters from which tokenizing goes to a thread, so that other requests' tokens are not held up."""
 
 
 class Service:
@@ -49,6 +47,7 @@ class Service:
         self.conversations = Conversations()
         self.background = Background()
         self._turns = Turns()
+        self._prompts = Prompts(text, self._turns)
         self._splits = text.reads_in_parts()
         self._public = PublicPrefixes(text, config.public_prefixes)
         self.note_end: Callable[[Choice, FinishReason], None] | None = None
@@ -109,7 +108,12 @@ class Service:
             user=body.user,
             cache_salt=body.cache_salt,
         )
-        text, prompts = await self._prompts(body, scope)
+        text, prompts = None, []
+        if isinstance(body, ChatBody):
+            text, prompt = await self._prompts.of_chat(body, scope, info)
+            prompts = [prompt]
+        else:
+            prompts = await self._prompts.of_completion(body, info)
         choices = [prompt for prompt in prompts for _ in range(body.n)]
         if len(choices) > MAX_CHOICES:
             raise InvalidRequestError(
@@ -198,21 +202,11 @@ class Service:
 
     async def tokenize(self, body: TokenizeBody) -> dict[str, Any]:
         self._check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequestError("give either prompt or messages", param="prompt")
-        if body.messages is not None:
-            text = self._text.render_chat([message.for_template() for message in body.messages])
-            tokens = await self._encode(text, add_special_tokens=False)
-        else:
-            tokens = await self._encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return {"tokens": tokens, "count": len(tokens), "max_model_len": self.ready_info().max_model_len}
+        return await self._prompts.tokenize(body, self.ready_info())
 
-    def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
+    async def detokenize(self, body: DetokenizeBody) -> dict[str, Any]:
         self._check_model(body.model)
-        vocab = self.ready_info().vocab_size
-        if any(token >= vocab for token in body.tokens):
-            raise InvalidRequestError(f"tokens must be below {vocab}", param="tokens")
-        return {"prompt": self._text.decode(body.tokens, skip_special_tokens=False)}
+        return await self._prompts.detokenize(body, self.ready_info())
 
     def models(self) -> dict[str, Any]:
         info = self.model_info
@@ -249,37 +243,10 @@ class Service:
             return self.config.urgent_class
         return None
 
-    async def _prompts(self, body: ChatBody | CompletionBody, scope: str | None) -> tuple[str | None, list[tuple[int, ...]]]:
-        """The text of a conversation; a body's prompts."""
-        if isinstance(body, ChatBody):
-            text = self._text.render_chat([message.for_template() for message in body.messages])
-            said, token_ids = self._turns.find(scope, text)
-            return text, [(*token_ids, *await self._encode(text[len(said) :], add_special_tokens=False))]
-        return None, [
-            tuple(await self._encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt)
-            for prompt in body.prompts()
-        ]
-
-    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        limit = self.ready_info().max_model_len
-        least = len(text) // self._text.max_token_chars
-        if least >= limit:
-            raise _too_long(f"at least {least}", limit)
-        if len(text) < LONG_TEXT:
-            return self._text.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
-
     def _sampling(self, body: GenerationBody, prompt: tuple[int, ...], info: ModelInfo, slo_class: str) -> SamplingParams:
-        if not prompt:
-            raise InvalidRequestError("the prompt has no tokens: give some text", param="prompt")
-        if any(token_id >= info.vocab_size for token_id in prompt):
-            raise InvalidRequestError(f"prompt token ids must be below {info.vocab_size}", param="prompt")
-        room = info.max_model_len - len(prompt)
-        if room < 1:
-            raise _too_long(str(len(prompt)), info.max_model_len)
         early = self._early_stop(body, slo_class)
         wanted = body.wanted_tokens()
-        limit = min(room, self._classes[slo_class].max_tokens)
+        limit = min(info.max_model_len - len(prompt), self._classes[slo_class].max_tokens)
         return body.sampling(
             max_tokens=limit if wanted is None else min(wanted, limit),
             eos_token_ids=self._text.eos_token_ids,
@@ -290,11 +257,3 @@ class Service:
     def _early_stop(self, body: GenerationBody, slo_class: str) -> EarlyStopConfig | None:
         config = self._early_stops[slo_class]
         return config if config.enabled and body.early_stop and not body.ignore_eos else None
-
-
-def _too_long(num_tokens: str, limit: int) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"the prompt has {num_tokens} tokens; the context holds {limit}, the answer included: shorten the prompt",
-        param="prompt",
-        code="context_length_exceeded",
-    )

@@ -252,6 +252,16 @@ async def test_an_unknown_class_is_told_the_known_ones(edge: Edge) -> None:
     assert "critical, normal" in response.json()["error"]["message"]
 
 
+async def test_more_tokens_than_a_context_holds_are_refused_unread(edge: Edge) -> None:
+    for path, name, value in (
+        ("/detokenize", "tokens", [1] * 129),
+        ("/v1/completions", "prompt", [-1] * 129),
+        ("/v1/completions", "prompt", [[1], [-1] * 129]),
+    ):
+        error = (await edge.http.post(path, json={name: value})).json()["error"]
+        assert (error["param"], error["code"]) == (name, "context_length_exceeded")
+
+
 async def test_tokenize_and_back(edge: Edge) -> None:
     tokens = (await edge.http.post("/tokenize", json={"prompt": "größer"})).json()
     assert tokens["count"] == len("größer".encode())

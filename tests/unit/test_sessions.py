@@ -19,3 +19,8 @@ def test_the_narrowest_name_decides() -> None:
 )
 def test_different_names_are_different_scopes(other: dict[str, str]) -> None:
     assert sharing_scope(session_id="a") != sharing_scope(**other)
+
+
+@pytest.mark.parametrize("name", ["session_id", "prompt_cache_key", "user"])
+def test_an_empty_name_is_not_everybodys(name: str) -> None:
+    assert sharing_scope(**{name: ""}) is None
