@@ -202,18 +202,28 @@ class ModelDrafter:
 
     def _foresee(self, work: DraftWork) -> list[Outcome]:
         """One forward over what is being verified says what may come of it; see `draft_branches` for the rest."""
-        asked, spans = [], []
+        asked, spans, parts, budget = [], [], [], self._budget
         for entry, outcome in zip(work.rows, work.outcomes, strict=True):
             row = self._rows[entry.row]
             draft = self._translate(outcome.draft)
-            pending = row.token_ids[len(row.computed) :] + draft
-            fits = len(draft) == len(outcome.draft) and len(pending) <= self._budget
-            if fits and self._reserve(row, len(row.token_ids) + len(draft)):
+            pending = row.token_ids[len(row.computed) :]
+            whole = len(draft) == len(outcome.draft) and len(pending) + len(draft) <= budget
+            # A long prompt is read in parts, its last token when there is something to ask.
+            wanted = pending + draft if whole else pending[: min(budget, len(pending) - 1)]
+            if not wanted or not self._reserve(row, len(row.computed) + len(wanted)):
+                continue
+            budget -= len(wanted)
+            span = Span(wanted, len(row.computed), row.block_ids, len(draft) + 1 if whole else 0)
+            if whole:
                 asked.append((entry, outcome, row))
-                spans.append(Span(pending, len(row.computed), row.block_ids, len(outcome.draft) + 1))
-        if not asked:
+                spans.append(span)
+            else:
+                parts.append((row, span))
+        if not spans and not parts:
             return []
-        logits = self._forward(spans)
+        logits = self._forward([*spans, *(span for _, span in parts)])
+        for row, span in parts:
+            row.computed += span.token_ids
         branches, first = [], 0
         for (entry, outcome, row), span in zip(asked, spans, strict=True):
             row.computed += span.token_ids

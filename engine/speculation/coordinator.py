@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as List
 
@@ -145,10 +146,10 @@ class DraftCoordinator:
     def collect(self, running: List[Sequence]) -> dict[int, Draft]:
         """Row to draft; empty if there is none in time."""
         self._notice_restart()
-        asked = self._asked
+        asked, until = self._asked, time.monotonic() + self._timeout_s
         if asked is None or self.awaits_prefix:
             return {}
-        result = self._receive()
+        result = self._receive(until)
         if result is None or not asked.outcomes:
             return {} if result is None else result.drafts
         self._foresight.fill(result.outcomes)
@@ -158,11 +159,11 @@ class DraftCoordinator:
             for seq in running
             if seq.row in foreseen and seq.num_pending == 1 and (draft := self._foresight.look_up(seq.row, seq.token_ids))
         }
-        if found:
+        if found or self._rest > 0:
             # The others go without: nobody waits for their drafts.
             return found
         self._ask(asked.step, running, states=False)
-        result = self._receive() if self._asked is not None else None
+        result = self._receive(until) if self._asked is not None else None
         return {} if result is None else result.drafts
 
     def _ask(self, step: int, running: List[Sequence], states: bool) -> None:
@@ -216,9 +217,10 @@ class DraftCoordinator:
             # Nobody waits to hear that rows are gone.
             self._asked = work if rows else None
 
-    def _receive(self) -> DraftResult | None:
+    def _receive(self, until: float) -> DraftResult | None:
         assert self._asked is not None
-        result = self._drafter.receive(self._asked.number, 0.0 if self._late else self._timeout_s)
+        left_s = max(until - time.monotonic(), 0.0)
+        result = self._drafter.receive(self._asked.number, 0.0 if self._late else left_s)
         if result is None:
             self._stats.draft_timeouts += not self._late
             self._late = True

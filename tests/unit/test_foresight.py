@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
+import torch
 from fakes import make_request, run_to_end
 from local import Models, prompts
 from tiny import TINY
 
 from tailserve.engine.model.draft import ModelDrafter
+from tailserve.engine.model.spans import Span
 from tailserve.engine.speculation.drafter import Draft, DraftRow, DraftWork, Outcome, OutcomeRow
 from tailserve.engine.speculation.foresight import Foresight, fan_out
 from tailserve.engine.stats import EngineStats
@@ -90,3 +94,25 @@ def test_answers_do_not_depend_on_it(models: Models, draft: float, temperature: 
         # What always agrees ends in the bonus token, and the likeliest one is prepared for.
         assert stats.foresight_misses < stats.foresight_hits / 4
     engine.check_integrity()
+
+
+def test_a_long_prompt_is_read_beside_rows_whose_drafts_are_prepared(models: Models) -> None:
+    """Each in its turn, and never more tokens than a round may have."""
+    engine, most = models.engine(0.0, num_outcomes=6), 0
+    draft_model = models._drafts[0.0][0]
+    forward = draft_model.forward
+
+    def counted(spans: Sequence[Span]) -> torch.Tensor:
+        nonlocal most
+        most = max(most, sum(len(span.token_ids) for span in spans if span.start + len(span.token_ids) > 5))
+        return forward(spans)
+
+    draft_model.forward = counted  # type: ignore[method-assign]
+    try:
+        engine.add(make_request([5, 6, 7], id="short", max_tokens=60))
+        engine.add(make_request([3 + n % 50 for n in range(150)], id="long", max_tokens=60))
+        answers = run_to_end(engine)
+    finally:
+        draft_model.forward = forward  # type: ignore[method-assign]
+    assert answers.ends["long"].usage.accepted_draft_tokens > 20
+    assert most <= 64
