@@ -122,21 +122,21 @@ class Choice:
         text = ""
         # One by one: an answer ends with the same token whether a draft came with it or not.
         for place, token_id in enumerate(shown):
-            piece, early = self.detokenizer.push([token_id]), None
-            if self.early is not None:
-                end = chunk.logprobs[place].end if chunk.logprobs else None
-                kept, early = self.early.push(token_id, piece, end)
-                num_tokens = self.num_tokens - len(chunk.token_ids) + place + 1
-                if early is not None and num_tokens >= self.request.sampling.min_tokens:
-                    piece = kept
-                else:
-                    early = None
+            piece, early = self._judge(token_id, self.detokenizer.push([token_id]), chunk, place)
             piece, stop = self.stops.push(piece, final=early is not None)
             text += piece
             if stop is not None or early is not None:
                 return text, stop if stop is not None else early, place + 1
         piece, stop = self.stops.push(self.detokenizer.push([], final=final), final=final)
         return text + piece, stop, len(shown)
+
+    def _judge(self, token_id: int, piece: str, chunk: TokenChunk, place: int) -> tuple[str, str | None]:
+        """A token's text, and why the answer ends early in it, if it does: the text is then cut."""
+        if self.early is None:
+            return piece, None
+        kept, reason = self.early.push(token_id, piece, chunk.logprobs[place].end if chunk.logprobs else None)
+        may = self.num_tokens - len(chunk.token_ids) + place + 1 >= self.request.sampling.min_tokens
+        return (kept, reason) if reason is not None and may else (piece, None)
 
 
 class Generation:

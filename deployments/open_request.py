@@ -34,8 +34,8 @@ class OpenRequest:
         self._carried = Usage()
         """What it cost at the instances that are lost."""
         self._usage = Usage()
-        self._began = False
-        """There were tokens when it was last carried."""
+        self._begun_before = False
+        """Whether tokens had come when it was last carried."""
 
     def take(self, chunk: TokenChunk) -> None:
         """Passes on what the instance says of the attempt, as of the request."""
@@ -64,7 +64,7 @@ class OpenRequest:
         self.instance = None
         self.num_carried += 1
         self._carried = self._usage
-        self._began = self.begun
+        self._begun_before = self.begun
 
     def next_attempt(self) -> Request:
         """The request as the next instance is to get it, under an id that none knows."""
@@ -92,7 +92,7 @@ class OpenRequest:
         before = self._carried
         return Usage(
             # Of the prompt, as the client's first token found it.
-            before.cached_tokens if self._began else usage.cached_tokens,
+            before.cached_tokens if self._begun_before else usage.cached_tokens,
             before.accepted_draft_tokens + usage.accepted_draft_tokens,
             before.rejected_draft_tokens + usage.rejected_draft_tokens,
             before.prefix_tokens + usage.prefix_tokens,

@@ -36,6 +36,8 @@ UNSUPPORTED: dict[str, list[Any]] = {
 
 MAX_MESSAGES = 4096
 """Of one conversation."""
+MAX_PROMPTS = 64
+"""Of one request."""
 Body = TypeVar("Body", bound=BaseModel)
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -173,7 +175,7 @@ class CompletionBody(GenerationBody):
 
     store: Literal[False] | None = None
     """Accepted, without effect."""
-    prompt: str | list[_TokenId] | Annotated[list[str] | list[list[_TokenId]], Field(max_length=64)]
+    prompt: str | list[_TokenId] | Annotated[list[str] | list[list[_TokenId]], Field(max_length=MAX_PROMPTS)]
     max_tokens: int | None = Field(default=16, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
 
@@ -236,7 +238,7 @@ def check_counts(fields: dict[str, Any], limit: int) -> None:
     for name in ("prompt", "tokens"):
         value = fields.get(name)
         if isinstance(value, list):
-            longest = max([len(value), *(len(entry) for entry in value[:64] if isinstance(entry, list))])
+            longest = max([len(value), *(len(entry) for entry in value[:MAX_PROMPTS] if isinstance(entry, list))])
             if longest > limit:
                 raise too_long(str(longest), limit, param=name)
 

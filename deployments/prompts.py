@@ -24,19 +24,19 @@ class Prompts:
         self._text = text
         self._turns = turns
 
-    async def of_chat(self, body: ChatBody, scope: str | None, info: ModelInfo) -> tuple[str, tuple[int, ...]]:
-        """A conversation's text and its tokens; those of earlier answers as they were generated."""
+    async def of_chat(self, body: ChatBody, scope: str | None, info: ModelInfo) -> tuple[str, list[tuple[int, ...]]]:
+        """A conversation's text, and its tokens as the one prompt; those of earlier answers as they were generated."""
         text = self._text.render_chat([message.for_template() for message in body.messages])
         said, token_ids = self._turns.find(scope, text)
         (rest,) = await self._encode([text[len(said) :]], info, add_special_tokens=False)
-        return text, check((*token_ids, *rest), info)
+        return text, [_checked((*token_ids, *rest), info)]
 
     async def of_completion(self, body: CompletionBody, info: ModelInfo) -> list[tuple[int, ...]]:
         """Those of each prompt."""
         prompts = body.prompts()
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         found = iter(await self._encode(texts, info, add_special_tokens=True))
-        return [check(next(found) if isinstance(prompt, str) else prompt, info) for prompt in prompts]
+        return [_checked(next(found) if isinstance(prompt, str) else prompt, info) for prompt in prompts]
 
     async def tokenize(self, body: TokenizeBody, info: ModelInfo) -> dict[str, Any]:
         """The answer of POST /tokenize."""
@@ -69,7 +69,7 @@ class Prompts:
         return encode() if sum(map(len, texts)) < LONG_TEXT else await asyncio.to_thread(encode)
 
 
-def check(prompt: Sequence[int], info: ModelInfo) -> tuple[int, ...]:
+def _checked(prompt: Sequence[int], info: ModelInfo) -> tuple[int, ...]:
     """The prompt, if the model can read it and has room for a token of an answer; else InvalidRequestError."""
     if not prompt:
         raise InvalidRequestError("the prompt has no tokens: give some text", param="prompt")

@@ -108,10 +108,9 @@ class Service:
             user=body.user,
             cache_salt=body.cache_salt,
         )
-        text, prompts = None, []
+        text: str | None = None
         if isinstance(body, ChatBody):
-            text, prompt = await self._prompts.of_chat(body, scope, info)
-            prompts = [prompt]
+            text, prompts = await self._prompts.of_chat(body, scope, info)
         else:
             prompts = await self._prompts.of_completion(body, info)
         choices = [prompt for prompt in prompts for _ in range(body.n)]

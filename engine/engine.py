@@ -20,7 +20,7 @@ from tailserve.engine.speculation.drafter import Drafter
 from tailserve.engine.speculation.policy import DraftPolicy
 from tailserve.engine.speculation.selection import DraftSelection
 from tailserve.engine.stats import EngineGauges, EngineStats
-from tailserve.engine.types import Batch, FinishReason, Request, StepResult, TokenChunk
+from tailserve.engine.types import Batch, Request, StepResult, TokenChunk
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ of the step by which many end sooner than expected. Whoever comes later waits fo
 PREFIX_POLL_S = 0.001
 """How soon after it comes a draft's prefix is passed on."""
 MAX_LOSSES = 3
-"""Losses of the executor after which requests end that got nothing between them, all if no step was completed at all."""
+"""Losses of the executor after which a request ends that got no token between them."""
 
 
 class _UnderWay(NamedTuple):
@@ -89,7 +89,6 @@ class Engine:
         self.scheduler = Scheduler(config, self.stats, DraftSelection(self._policy, self.stats), self._times)
         self._executor = executor
         self._clock = clock
-        self._losses = 0
         self._under_way: deque[_UnderWay] = deque()
         """The submitted steps, oldest first."""
         self._committed_at: float | None = None
@@ -155,7 +154,6 @@ class Engine:
             return self._recover(error.message)
         if result is None:
             return self.scheduler.take_ended()
-        self._losses = 0
         done = self._under_way.popleft()
         computed_s = result.duration_s - result.moved_s
         self._times.observe(done.num_tokens, computed_s, unsampled=done.unsampled, excess=done.excess)
@@ -287,14 +285,10 @@ class Engine:
         self._committed_at = None
         chunks += self.scheduler.recover(MAX_LOSSES, f"the verifier was lost {MAX_LOSSES} times while this ran: {reason}")
         self.stats.executor_restarts += 1
-        self._losses += 1
-        if self._losses >= MAX_LOSSES:
-            self._losses = 0
-            chunks += self.scheduler.fail_all(f"the verifier was lost {MAX_LOSSES} times in a row: {reason}")
         try:
             self._executor.restart()
         except ExecutorLostError as error:
             self.broken = True
-            return chunks + self.scheduler.fail_all(error.message, FinishReason.LOST)
+            return chunks + self.scheduler.lose_all(error.message)
         self.broken = False
         return chunks

@@ -35,7 +35,7 @@ class Scheduler:
     """Continuous batching over one block pool. Not thread-safe: one loop owns it.
 
     A request that was added ends exactly once: by a chunk with a finish reason from `commit`, `take_ended`, `abort` or
-    `fail_all`.
+    `lose_all`.
     """
 
     def __init__(self, config: EngineConfig, stats: EngineStats, selection: DraftSelection, times: StepTimes) -> None:
@@ -104,9 +104,9 @@ class Scheduler:
         seq = self._sequences.get(request_id)
         return None if seq is None else self._finish(seq, Stop(FinishReason.ABORT))
 
-    def fail_all(self, error: str, reason: FinishReason = FinishReason.ERROR) -> list[TokenChunk]:
-        """Ends every request, with ERROR or LOST."""
-        return [self._finish(seq, Stop(reason), error=error) for seq in list(self._sequences.values())]
+    def lose_all(self, error: str) -> list[TokenChunk]:
+        """Ends every request, with LOST."""
+        return [self._finish(seq, Stop(FinishReason.LOST), error=error) for seq in list(self._sequences.values())]
 
     def take_ended(self) -> list[TokenChunk]:
         """Requests whose deadlines passed since the last call."""
@@ -184,9 +184,10 @@ class Scheduler:
         return self._selection.survivals(self._in_flight[step])
 
     def recover(self, most: int, error: str) -> list[TokenChunk]:
-        """The verifier lost its rows and its KV: everything goes on from its tokens. But for what was part of `most` lost
-        steps and got no token between them: it may be the cause, and ends with ERROR."""
-        for seq in {id(entry.seq): entry.seq for work in self._in_flight.values() for entry in work}.values():
+        """The verifier lost its rows and its KV: everything goes on from its tokens. But for what met `most` losses and got
+        no token between them: it may be the cause, and ends with ERROR. Where steps were under way, who is in them meets it.
+        """
+        for seq in {entry.seq for work in self._in_flight.values() for entry in work} or self._sequences.values():
             seq.num_losses += 1
         self._in_flight.clear()
         self.residency.evacuate()

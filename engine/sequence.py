@@ -111,7 +111,7 @@ class Sequence:
         self.num_steps = 0
         self.num_preemptions = 0
         self.num_losses = 0
-        """Steps of its that were lost with the verifier, since it last got a token."""
+        """Losses of the verifier that it met since it last got a token."""
         self.paused = False
         """It has lost its slot, and was part of no step since."""
         self.paused_s = 0.0

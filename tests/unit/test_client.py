@@ -283,13 +283,18 @@ async def test_who_leaves_at_the_moment_of_a_loss_costs_nobody_else_anything() -
     assert not client._attempts
 
 
-async def test_one_that_is_asked_and_does_not_answer_is_not_listened_to_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "ASK_S", 0.05)
-    instances = Instances("a")
-    client, queue = client_of(instances), asyncio.Queue[TokenChunk]()
+async def unanswered(instances: Instances, queue: asyncio.Queue[TokenChunk]) -> asyncio.Task[None]:
+    """Places "r", of which an instance says nothing although it is being listened to, until `instances.open` is set."""
+    client = client_of(instances)
     await client.submit(request("other"), asyncio.Queue())
     instances.open.clear()
-    call = asyncio.create_task(client.submit(request("r"), queue))
+    return asyncio.create_task(client.submit(request("r"), queue))
+
+
+async def test_one_that_is_asked_and_does_not_answer_is_not_listened_to_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "ASK_S", 0.05)
+    instances, queue = Instances("a"), asyncio.Queue[TokenChunk]()
+    call = await unanswered(instances, queue)
     await asyncio.sleep(0.2)
     instances.open.set()
     await call
@@ -344,11 +349,8 @@ async def test_tokens_that_come_before_the_word_that_a_request_was_taken_are_not
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(client_module, "ASK_S", 0.1)
-    instances = Instances("a")
-    client, queue = client_of(instances), asyncio.Queue[TokenChunk]()
-    await client.submit(request("other"), asyncio.Queue())
-    instances.open.clear()
-    placing = asyncio.create_task(client.submit(request("r"), queue))
+    instances, queue = Instances("a"), asyncio.Queue[TokenChunk]()
+    placing = await unanswered(instances, queue)
     await asyncio.sleep(0.02)
     instances.push("a", TokenChunk("r", (5,)))
     assert (await queue.get()).token_ids == (5,)

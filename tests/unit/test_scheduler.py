@@ -231,10 +231,16 @@ def test_an_executor_that_is_lost_again_and_again_ends_its_requests_instead_of_g
 
 def test_an_executor_that_dies_while_idle_is_restarted_before_the_next_request() -> None:
     engine, executor, _ = make_engine()
-    executor.lost = True
-    assert engine.executor_lost
-    assert engine.step() == []
-    assert executor.restarts == 1
+    for restarts in range(1, 3):
+        executor.lost = True
+        assert engine.executor_lost
+        assert engine.step() == []
+        assert executor.restarts == restarts
+    # Neither is a later request's fault.
+    request = make_request([1, 2, 3])
+    engine.add(request)
+    executor.fail_next = 1
+    assert run_to_end(engine).tokens[request.id] == expected_answer([1, 2, 3], 8)
 
 
 def test_an_executor_that_cannot_be_restarted_is_said_to_be_broken() -> None:
