@@ -60,12 +60,15 @@ class RouterClient:
         self._timeouts = timeouts
         self._max_open = max_open
         self._ingress = uuid.uuid4().hex
+        """What instances know this one by: another name once a stream was lost, since the far end of that may still take
+        messages, and would take those of later requests."""
         self._open: dict[str, OpenRequest] = {}
         self._attempts: dict[str, OpenRequest] = {}
         """By the id that the instance knows."""
         self._homes: dict[str, str] = {}
         """Session to the instance that took its last request, the longest unheard of first."""
-        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._readers: dict[tuple[str, str], asyncio.Task[None]] = {}
+        """By instance, and by what it knows this ingress by."""
         self._lost: dict[str, float] = {}
         """Instance to when it was lost."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -125,7 +128,11 @@ class RouterClient:
         last = None if session is None else self._homes.get(session)
         num_tokens = len(attempt.prompt_token_ids) + len(attempt.carried or ())
         placing = Placing(attempt.slo_class, num_tokens, session, last, frozenset(waiting.lost | self._avoided()))
-        instance, error = await self._calls.submit(msgspec.msgpack.encode(attempt), self._ingress, placing=placing)
+        ingress, asked_s = self._ingress, time.monotonic()
+        instance, error = await self._calls.submit(msgspec.msgpack.encode(attempt), ingress, placing=placing)
+        if error is None and self._lost.get(instance, 0.0) > asked_s:
+            self._spawn(self._abort([attempt.id], instance))
+            error = NotReadyError("the instance was lost before it said that it took the request; try again")
         if error is not None:
             if isinstance(error, NotReadyError):
                 waiting.lost.add(instance)
@@ -135,9 +142,9 @@ class RouterClient:
             self._homes[session] = instance
             if len(self._homes) > MOST_HOMES:
                 del self._homes[next(iter(self._homes))]
-        self._read(instance)
+        self._read(instance, ingress)
         if self._attempts.get(attempt.id) is waiting:
-            waiting.instance = instance
+            waiting.instance, waiting.ingress = instance, ingress
         else:
             self._spawn(self._abort([attempt.id], instance))
 
@@ -168,29 +175,31 @@ class RouterClient:
         """Frees what all instances keep of a session. Returns how many KV blocks that were."""
         return await self._calls.drop_session(tenant, session_id)
 
-    def _read(self, instance: str) -> None:
-        if instance not in self._readers:
-            self._readers[instance] = self._spawn(self._read_stream(instance))
+    def _read(self, instance: str, ingress: str) -> None:
+        if (instance, ingress) not in self._readers:
+            self._readers[instance, ingress] = self._spawn(self._read_stream(instance, ingress))
 
-    async def _read_stream(self, instance: str) -> None:
+    async def _read_stream(self, instance: str, ingress: str) -> None:
         silence_s = self._timeouts.silence_s
         clock = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(silence_s) as limit:
-                async for data in self._calls.stream(self._ingress, instance=instance):
+                async for data in self._calls.stream(ingress, instance=instance):
                     limit.reschedule(clock() + silence_s)
                     if data:
-                        self._dispatch(self._decoder.decode(data), instance)
+                        self.receive(instance, data)
         except Exception as failure:  # noqa: BLE001 (whatever broke it, its requests must go on)
             why = f"it said nothing for {silence_s:g} s" if isinstance(failure, TimeoutError) else str(failure)
             self._lose(instance, why)
         finally:
-            del self._readers[instance]
+            del self._readers[instance, ingress]
         # The router closes an idle stream; a request may have been accepted there at the same moment.
-        if any(waiting.instance == instance for waiting in self._open.values()):
-            self._read(instance)
+        if any((waiting.instance, waiting.ingress) == (instance, ingress) for waiting in self._open.values()):
+            self._read(instance, ingress)
 
-    def _dispatch(self, message: StepMessage, instance: str) -> None:
+    def receive(self, instance: str, data: bytes) -> None:
+        """Takes an encoded `StepMessage`, whichever way it came."""
+        message = self._decoder.decode(data)
         LOADS.note(instance, message.load, time.monotonic())
         self._lost.pop(instance, None)
         strays = []
@@ -212,6 +221,7 @@ class RouterClient:
     def _lose(self, instance: str, why: str) -> None:
         requests = [waiting for waiting in self._open.values() if waiting.instance == instance]
         self._lost[instance] = time.monotonic()
+        self._ingress = uuid.uuid4().hex
         logger.warning("instance %s is lost, %d requests of it go on elsewhere: %s", instance, len(requests), why)
         if requests:
             # It may only have been out of reach.

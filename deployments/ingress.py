@@ -27,6 +27,7 @@ from tailserve.deployments.request_log import RequestLog
 from tailserve.deployments.service import Service
 from tailserve.deployments.telemetry import RequestMetrics
 from tailserve.deployments.text import TextModel
+from tailserve.deployments.tokens import TokenInlet
 from tailserve.deployments.tracing import open_tracer
 from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.types import FinishReason, ModelInfo, Request
@@ -43,10 +44,14 @@ class ServeCalls:
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self.tokens_at = ""
+        """Where routers of this node send tokens to; others have a stream."""
 
     async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]:
         try:
-            answer: tuple[str, TailserveError | None] = await self._handle.submit.remote(request, ingress, placing=placing)
+            answer: tuple[str, TailserveError | None] = await self._handle.submit.remote(
+                request, ingress, placing=placing, tokens_at=self.tokens_at
+            )
         except Exception as error:
             # Ray's, gRPC's or Serve's. Whether the instance had taken the request or not, it is asked for no more.
             raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
@@ -90,6 +95,8 @@ class Ingress:
         text = TextModel(resolve_model(parsed.model))
         self._calls = ServeCalls(router)
         client = RouterClient(self._calls, parsed.timeouts, max_open=parsed.max_open_requests)
+        self._tokens = TokenInlet(client.receive)
+        self._calls.tokens_at = self._tokens.address
         name = parsed.served_model_name or model_name(parsed.model)
         self._page = Page(metrics, model_name=name, instance=serve.get_replica_context().replica_id.unique_id)
         counts = RequestMetrics(self._page, {slo.name: slo for slo in parsed.classes()})
@@ -128,6 +135,7 @@ class Ingress:
             return
         # Serve waits for requests that are open; nobody need have one open for these.
         await self._service.background.finish()
+        self._tokens.close()
         for sender in (self._service.tracer, self._collected):
             if sender is not None:
                 await asyncio.to_thread(sender.close)

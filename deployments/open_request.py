@@ -22,6 +22,8 @@ class OpenRequest:
         """By which the instance knows it that has it, or was asked last."""
         self.instance: str | None = None
         """The one that has it."""
+        self.ingress = ""
+        """What that one knows this ingress by."""
         self.lost: set[str] = set()
         """Those that had it, or did not take it."""
         self.num_carried = 0

@@ -54,7 +54,7 @@ class Router:
         self._instance = serve.get_replica_context().replica_id.unique_id
         # Socket files live here; mkdtemp makes it private to this user.
         self._directory = Path(tempfile.mkdtemp(prefix="tailserve-"))
-        self._outboxes = Outboxes()
+        self._outboxes = Outboxes(self._instance)
         self._sweeper: asyncio.Task[None] | None = None
         try:
             await asyncio.to_thread(self._start)
@@ -109,10 +109,12 @@ class Router:
         link.start()
         return link
 
-    async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]:
+    async def submit(
+        self, request: bytes, ingress: str, *, placing: Placing, tokens_at: str = ""
+    ) -> tuple[str, TailserveError | None]:
         """Accepts an encoded `Request` and returns this instance's name, to read the stream from.
 
-        `placing`: what `InstanceRequestRouter` went by.
+        `placing`: what `InstanceRequestRouter` went by. `tokens_at`: where the ingress listens, for routers of its node.
 
         Refusals (see `EngineLoop.submit`) are returned beside it, not raised: Serve logs a traceback for whatever a replica
         raises, and being full is no accident.
@@ -120,6 +122,7 @@ class Router:
         decoded = msgspec.msgpack.decode(request, type=Request)
         if decoded.traceparent and self._tracer is not None:
             self._traced[decoded.id] = decoded.traceparent
+        self._outboxes.connect(ingress, tokens_at)
         try:
             self._loop.submit(decoded, ingress)
         except TailserveError as error:
@@ -204,6 +207,7 @@ class Router:
 
     def _stop(self) -> None:
         self._loop.stop()
+        self._outboxes.close()
         if self._draft is not None:
             self._draft.stop()
         self._executor.stop()
@@ -218,7 +222,10 @@ class Router:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(ORPHAN_S / 2)
-            self._metrics.note(self._engine)
+            try:
+                self._metrics.note(self._engine)
+            except Exception:
+                logger.exception("metrics could not be noted")
             for ingress in self._outboxes.orphans():
                 logger.warning("ingress %s is gone; its requests end", ingress)
                 self._loop.abort_ingress(ingress)

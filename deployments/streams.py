@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 
 import msgspec
 
+from tailserve.deployments.tokens import TokenOutlets
 from tailserve.engine.errors import NotReadyError
 from tailserve.engine.stats import InstanceLoad
 from tailserve.engine.types import TokenChunk
@@ -45,10 +46,19 @@ class Outbox:
 class Outboxes:
     """All ingresses of one router. The engine's thread publishes; streams read on the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, instance: str = "") -> None:
+        """`instance`: what ingresses know this router by."""
         self._loop = asyncio.get_running_loop()
+        self._outlets = TokenOutlets(instance)
         self._boxes: dict[str, Outbox] = {}
         self._encoder = msgspec.msgpack.Encoder()
+
+    def connect(self, ingress: str, address: str) -> None:
+        """Its tokens go straight to `address` where that is on this node, and its stream only says that this router lives.
+
+        To be called before a request of it could publish anything.
+        """
+        self._outlets.connect(ingress, address)
 
     def open_request(self, ingress: str) -> None:
         """Counts a request of this ingress; its stream stays open until the request ends."""
@@ -61,19 +71,23 @@ class Outboxes:
 
     def publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: InstanceLoad) -> None:
         """Called by the engine's thread with what a step made: one message for each ingress, and one hop between threads."""
-        messages = [
-            (ingress, self._encoder.encode(StepMessage(chunks, load)), sum(c.finish_reason is not None for c in chunks))
-            for ingress, chunks in by_ingress.items()
-        ]
+        messages = []
+        for ingress, chunks in by_ingress.items():
+            data = self._encoder.encode(StepMessage(chunks, load))
+            num_ended = sum(chunk.finish_reason is not None for chunk in chunks)
+            sent = self._outlets.send(ingress, data)
+            if num_ended or not sent:
+                messages.append((ingress, None if sent else data, num_ended))
         if messages:
             self._loop.call_soon_threadsafe(self._deliver, messages)
 
-    def _deliver(self, messages: list[tuple[str, bytes, int]]) -> None:
+    def _deliver(self, messages: list[tuple[str, bytes | None, int]]) -> None:
         for ingress, data, num_ended in messages:
             box = self._boxes.get(ingress)
             if box is not None:
                 box.num_open -= num_ended
-                box.put(data)
+                if data is not None:
+                    box.put(data)
 
     async def read(self, ingress: str) -> AsyncIterator[bytes]:
         """The ingress's messages until it has no more requests here and `LINGER_S` has passed; an empty one each `BEAT_S`
@@ -114,4 +128,8 @@ class Outboxes:
         lost = [ingress for ingress, box in self._boxes.items() if box.readers == 0 and now - box.unread_since > ORPHAN_S]
         for ingress in lost:
             del self._boxes[ingress]
+        self._outlets.keep(set(self._boxes))
         return lost
+
+    def close(self) -> None:
+        self._outlets.close()

@@ -36,6 +36,9 @@ class Instances:
         self.alive = list(names or ["here"])
         self.boxes = {name: asyncio.Queue[bytes]() for name in self.alive}
         self.submitted: list[tuple[str, Request, Placing]] = []
+        self.names: list[str] = []
+        self.streams: list[str] = []
+        """What requests and streams name their ingress."""
         self.aborted: list[str] = []
         self.refusal: TailserveError | None = None
         self.open = asyncio.Event()
@@ -46,10 +49,12 @@ class Instances:
         left = [name for name in self.alive if name not in placing.avoid] or self.alive
         if not left:
             raise NotReadyError("there is none")
+        self.names.append(ingress)
         self.submitted.append((left[0], msgspec.msgpack.decode(data, type=Request), placing))
         return left[0], self.refusal
 
     async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
+        self.streams.append(ingress)
         while True:
             data = await self.boxes[instance].get()
             if data == b"die":
@@ -107,6 +112,35 @@ async def test_what_an_instance_says_of_a_request_that_left_it_counts_for_nothin
     assert await queue.get() == TokenChunk("r", (5,))
     assert instances.aborted[0] == "r"
     assert queue.empty()
+
+
+async def test_a_stream_that_broke_cannot_take_what_is_for_the_next() -> None:
+    instances = Instances("a")
+    client, queue = client_of(instances, silence_s=0.1), asyncio.Queue[TokenChunk]()
+    await client.submit(request("r"), queue)
+    carried = await instances.until_submitted(2)
+    while len(instances.streams) < 2:
+        await asyncio.sleep(0.005)
+    assert instances.streams == instances.names
+    assert instances.names[0] != instances.names[1]
+    instances.push("a", TokenChunk(carried.id, (5,), finish_reason=FinishReason.LENGTH))
+    assert (await queue.get()).token_ids == (5,)
+
+
+async def test_a_word_that_comes_after_its_instance_was_lost_does_not_count() -> None:
+    instances, queue = Instances("a"), asyncio.Queue[TokenChunk]()
+    client = client_of(instances, silence_s=0.2)
+    await client.submit(request("other"), asyncio.Queue())
+    instances.open.clear()
+    call = asyncio.create_task(client.submit(request("r"), queue))
+    while not client._lost:
+        await asyncio.sleep(0.005)
+    instances.open.set()
+    await call
+    taken = [(name, some.id) for name, (_, some, _) in zip(instances.names, instances.submitted, strict=True)]
+    last = next(name for name, attempt in reversed(taken) if attempt.startswith("r"))
+    assert "r" in instances.aborted
+    assert last != instances.names[0]
 
 
 async def test_an_instance_with_nothing_to_say_is_not_lost_while_its_heart_beats() -> None:
@@ -272,7 +306,7 @@ async def test_who_leaves_at_the_moment_of_a_loss_costs_nobody_else_anything() -
     await client.submit(request("r"), asyncio.Queue())
     instances.push("a", TokenChunk("r", finish_reason=FinishReason.LOST, error="it stops"))
     # The stream is read, and its client leaves before anything else happens.
-    client._dispatch(client._decoder.decode(instances.boxes["a"].get_nowait()), "a")
+    client.receive("a", instances.boxes["a"].get_nowait())
     client.cancel("r")
     instances.alive = ["b"]
     await client.submit(request("other"), queue)
@@ -316,7 +350,7 @@ async def test_others_avoid_an_instance_that_was_lost_until_it_is_heard_of() -> 
     await client.submit(request("new"), asyncio.Queue())
     assert instances.submitted[-1][0] == "b"
     instances.push("a", TokenChunk("r", (1,)))
-    client._read("a")
+    client._read("a", client._ingress)
     while client._lost.get("a"):
         await asyncio.sleep(0.005)
     await client.submit(request("newer"), asyncio.Queue())
