@@ -21,6 +21,9 @@ def with_tenants_of_file(config: TailserveConfig) -> TailserveConfig:
         raise ConfigError(f"cannot read tenants_file {config.tenants_file}: {error}", param="tenants_file") from None
     if not isinstance(listed, list):
         raise ConfigError(f"tenants_file {config.tenants_file} holds no list: write `- name: ...`", param="tenants_file")
+    if not (listed or config.tenants):
+        # Without tenants no request would need a key.
+        raise ConfigError(f"tenants_file {config.tenants_file} lists nobody: add one, or leave it out", param="tenants_file")
     whole = config.model_dump(mode="json")
     return parse_config(whole | {"tenants": whole["tenants"] + listed, "tenants_file": None})
 

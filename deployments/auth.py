@@ -20,16 +20,21 @@ class Tenant:
 
     def __init__(self, config: TenantConfig, num_ingresses: int, clock: Callable[[], float]) -> None:
         self.name = config.name
-        self.classes = config.classes
-        self._hashes = [text.encode() for text in config.api_key_hashes]
+        self._num_ingresses = num_ingresses
         self._clock = clock
-        self._rate = None if config.requests_per_minute is None else config.requests_per_minute / 60 / num_ingresses
-        self._most = None
-        if config.max_concurrent_requests is not None:
-            self._most = max(config.max_concurrent_requests // num_ingresses, 1)
-        self._burst = max((self._rate or 0.0) * BURST_S, 1.0)
+        self.allow(config)
         self._left, self._as_of = self._burst, clock()
         self.num_open = 0
+
+    def allow(self, config: TenantConfig) -> None:
+        """What it may from now on; what it has used of it stays."""
+        self.classes = config.classes
+        self._hashes = [text.encode() for text in config.api_key_hashes]
+        self._rate = None if config.requests_per_minute is None else config.requests_per_minute / 60 / self._num_ingresses
+        self._most = None
+        if config.max_concurrent_requests is not None:
+            self._most = max(config.max_concurrent_requests // self._num_ingresses, 1)
+        self._burst = max((self._rate or 0.0) * BURST_S, 1.0)
 
     def has(self, key_hash: bytes) -> bool:
         """Whether a key of this hash is its own. How long that takes tells nothing of how alike they are."""
@@ -85,8 +90,23 @@ class Gate:
     def __init__(
         self, tenants: Sequence[TenantConfig], *, num_ingresses: int = 1, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._tenants = [Tenant(config, num_ingresses, clock) for config in tenants]
+        self._num_ingresses = num_ingresses
+        self._clock = clock
+        self._tenants: list[Tenant] = []
+        self.admit(tenants)
         self._nobody = Tenant(TenantConfig.model_construct(name="", api_key_hashes=()), num_ingresses, clock)
+
+    def admit(self, tenants: Sequence[TenantConfig]) -> None:
+        """These from now on. One that was here before, by its name, keeps what it has used; what runs of others goes on."""
+        known = {tenant.name: tenant for tenant in self._tenants}
+        self._tenants = []
+        for config in tenants:
+            tenant = known.get(config.name)
+            if tenant is None:
+                tenant = Tenant(config, self._num_ingresses, self._clock)
+            else:
+                tenant.allow(config)
+            self._tenants.append(tenant)
 
     @property
     def needs_key(self) -> bool:

@@ -26,6 +26,7 @@ from tailserve.deployments.otlp_metrics import open_metrics
 from tailserve.deployments.request_log import RequestLog
 from tailserve.deployments.service import Service
 from tailserve.deployments.telemetry import RequestMetrics
+from tailserve.deployments.tenants_file import follow_tenants
 from tailserve.deployments.text import TextModel
 from tailserve.deployments.tokens import TokenInlet
 from tailserve.deployments.tracing import open_tracer
@@ -91,7 +92,8 @@ class Ingress:
 
     def __init__(self, config: dict[str, Any], router: Any) -> None:
         log_with_serve()
-        parsed = with_tenants_of_file(parse_config(config))
+        given = parse_config(config)
+        parsed = with_tenants_of_file(given)
         text = TextModel(resolve_model(parsed.model))
         self._calls = ServeCalls(router)
         client = RouterClient(self._calls, parsed.timeouts, max_open=parsed.max_open_requests)
@@ -118,7 +120,9 @@ class Ingress:
         service.metrics = Gatherer({"ingresses": self._ingress_pages, "instances": self._calls.pages}).text
         self._peers = serve.get_deployment_handle("Ingress") if parsed.num_ingresses > 1 else None
         keep_collector_out_of_steps()
-        self._waiting = asyncio.get_event_loop().create_task(self._wait_for_model())
+        loop = asyncio.get_event_loop()
+        self._waiting = loop.create_task(self._wait_for_model())
+        self._following = loop.create_task(follow_tenants(given, service.gate)) if given.tenants_file is not None else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
@@ -133,6 +137,8 @@ class Ingress:
     async def __del__(self) -> None:
         if not hasattr(self, "_service"):  # it never started
             return
+        if self._following is not None:
+            self._following.cancel()
         # Serve waits for requests that are open; nobody need have one open for these.
         await self._service.background.finish()
         self._tokens.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,10 +15,13 @@ import pytest
 from edge import Edge
 
 from tailserve.cluster.config import parse_config
+from tailserve.cluster.files import with_tenants_of_file
 from tailserve.cluster.tenants import TenantConfig, hash_key, new_key
-from tailserve.deployments.auth import Tenant
+from tailserve.deployments import tenants_file
+from tailserve.deployments.auth import Gate, Tenant
 from tailserve.deployments.cli import main
-from tailserve.engine.errors import ConfigError, ForbiddenError, QueueFullError
+from tailserve.deployments.tenants_file import follow_tenants
+from tailserve.engine.errors import AuthenticationError, ConfigError, ForbiddenError, QueueFullError
 
 GOLD, FREE = new_key(), new_key()
 TENANTS = [
@@ -139,3 +144,48 @@ def test_the_command_prints_a_key_and_its_hash(capsys: pytest.CaptureFixture[str
     assert main(["key"]) == 0
     key, digest = (line.split()[-1] for line in capsys.readouterr().out.splitlines())
     assert hash_key(key) == digest
+
+
+async def test_keys_are_given_out_and_taken_back_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tenants_file, "REREAD_S", 0.01)
+    file = tmp_path / "tenants.yaml"
+
+    def write(*tenants: dict[str, Any]) -> None:
+        file.write_text(json.dumps(tenants))
+
+    limited = TENANTS[1] | {"classes": None}
+    write(limited)
+    config = parse_config({"tenants_file": str(file)})
+    gate = Gate(with_tenants_of_file(config).tenants)
+    following = asyncio.get_running_loop().create_task(follow_tenants(config, gate))
+
+    async def settled(key: str, name: str | None) -> None:
+        async with asyncio.timeout(5):
+            while True:
+                try:
+                    found = gate.identify({"authorization": f"Bearer {key}"}).name
+                except AuthenticationError:
+                    found = None
+                if found == name:
+                    return
+                await asyncio.sleep(0.01)
+
+    leave = gate.identify({"authorization": f"Bearer {FREE}"}).enter()
+    write(limited, TENANTS[0])
+    await settled(GOLD, "gold")
+    with pytest.raises(QueueFullError):  # what runs still counts
+        gate.identify({"authorization": f"Bearer {FREE}"}).enter()
+    write(TENANTS[0])
+    await settled(FREE, None)
+    leave()
+    for wrong in ("- [", "[]", "gold: {}"):
+        caplog.clear()
+        file.write_text(wrong)
+        async with asyncio.timeout(5):
+            while "the tenants stay as they were" not in caplog.text:
+                await asyncio.sleep(0.01)
+        await settled(GOLD, "gold")
+        await settled("", None)
+    following.cancel()

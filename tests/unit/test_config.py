@@ -126,6 +126,9 @@ def test_tenants_may_come_from_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError, match=match):
             with_tenants_of_file(parse_config({"tenants": own, "tenants_file": str(file)}))
+    file.write_text("[]")
+    with pytest.raises(ConfigError, match="lists nobody"):
+        with_tenants_of_file(parse_config({"tenants_file": str(file)}))
 
 
 def test_a_port_that_this_machine_has_free_is_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
