@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class _Line:
 
     def __init__(self, slo: SloClass) -> None:
         self.slo = slo
-        self.load = ClassLoad(0, Counter(), 0, 0.0)
+        self.load = ClassLoad(0, Counter(), 0, 0.0, {})
         self.entered: Counter[str] = Counter()
         """Tenant to requests in the inbox and in the queue."""
         self.new = 0
@@ -66,10 +67,10 @@ class _Line:
             self._swept_s = now
             self.kept = {key: place for key, place in self.kept.items() if place.until > now}
 
-    def num_due(self, now: float) -> int:
-        """Places for which somebody is to come before a request that enters now has left the queue."""
+    def due(self, now: float) -> Counter[str]:
+        """Tenant to its places for which somebody is to come before a request that enters now has left the queue."""
         horizon = now + (self.num_queued / self.rate(now) if self.num_queued else 0.0)
-        return sum(now < place.until and place.due <= horizon for place in self.kept.values())
+        return Counter(place.tenant for place in self.kept.values() if now < place.until and place.due <= horizon)
 
     def rate(self, now: float) -> float:
         """Requests a second that left the queue lately; at least one in `RATE_S`."""
@@ -118,13 +119,14 @@ class Admission:
     def _wait(self, line: _Line, request: Request, now: float) -> float:
         slo = line.slo
         places = slo.max_queued + max(line.load.free_slots - self._num_before(line), 0)
-        ahead = line.num_queued + line.num_due(now)
+        ahead = line.num_queued + line.due(now).total()
         tenants = {*line.entered, *(place.tenant for place in line.kept.values()), request.tenant}
         share = places // len(tenants)
         if ahead >= places and (len(tenants) == 1 or line.entered[request.tenant] >= share):
             return (line.num_queued + len(line.kept) - places + 1) / line.rate(now)
         if slo.admission == "reject":
-            return request.age_s + self._first_token_s(line, len(request.prompt_token_ids), now) - slo.ttft_s
+            needed = self._first_token_s(line, len(request.prompt_token_ids), now, request.tenant)
+            return request.age_s + needed - slo.ttft_s
         return 0.0
 
     def _num_before(self, line: _Line) -> int:
@@ -137,11 +139,17 @@ class Admission:
         waits = {name: self._first_token_s(line, 0, now) for name, line in self._lines.items()}
         return InstanceLoad(num_waiting, waits, self._load.token_s)
 
-    def _first_token_s(self, line: _Line, num_tokens: int, now: float) -> float:
+    def _first_token_s(self, line: _Line, num_tokens: int, now: float, tenant: str | None = None) -> float:
         """Seconds from now to the first token of a request of so many: the prompts before it are read, and there is a
-        slot."""
-        due = line.num_due(now)
-        behind = max(line.num_queued + due + self._num_before(line) - line.load.free_slots + 1, 0)
-        unread = (line.new + due + 1) * num_tokens
-        reading = line.load.reading_s + unread * self._load.token_s
-        return max(reading, behind / line.rate(now) if behind else 0.0)
+        slot. `tenant`: whose it is, since tenants take turns; None: it comes behind all of them."""
+        due = line.due(now)
+        counts = line.entered + due
+        most = math.inf if tenant is None else counts[tenant]
+        shares = {name: min(most / count, 1.0) for name, count in counts.items()}
+        before = sum(shares[name] * count for name, count in counts.items())
+        behind = max(before + self._num_before(line) - line.load.free_slots + 1, 0)
+        waiting_s = sum(shares.get(name, 1.0) * seconds for name, seconds in line.load.waiting_s.items())
+        # How long the prompts are of those that are not in the queue yet is not known.
+        new = (line.new + due.total()) * before / counts.total() if counts else 0.0
+        reading_s = line.load.reading_s + waiting_s + (new + 1) * num_tokens * self._load.token_s
+        return max(reading_s, behind / line.rate(now) if behind else 0.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from tailserve.engine.cost import StepTimes
 from tailserve.engine.line import begin_of_level
 from tailserve.engine.scheduler import Scheduler
+from tailserve.engine.sequence import Sequence
 from tailserve.engine.types import SloClass
 
 
@@ -22,7 +23,9 @@ class ClassLoad(NamedTuple):
     num_started: int
     """Requests that have had it since the engine began."""
     reading_s: float
-    """Time to read the prompts, of this class and of more urgent ones, that are not read; 0 where it was not asked for."""
+    """Time to read the prompts that are before those in this class's queue and not read; 0 where it was not asked for."""
+    waiting_s: Mapping[str, float]
+    """Tenant to the time to read the prompts that it has in this class's queue; empty where it was not asked for."""
 
 
 class Load(NamedTuple):
@@ -44,13 +47,14 @@ def measure_load(scheduler: Scheduler, times: StepTimes, *, reading: bool) -> Lo
     many = config.max_num_batched_tokens
     token_s = (times.predict(many, unsampled=many, excess=0) or 0.0) / many
     reading = reading or any(slo.admission == "reject" for slo in config.classes)
-    unread = _unread(scheduler) if reading else Counter()
+    running, waiting = (_unread(residency.running), _unread(residency.waiting)) if reading else (Counter(), Counter())
     classes = {
         slo.name: ClassLoad(
             config.max_num_seqs - _num_ahead(scheduler, slo),
             queued[slo.name],
             residency.started[slo.name],
-            token_s * sum(count for level, count in unread.items() if level <= slo.priority),
+            token_s * (_before(running, slo) + _before(waiting, slo, besides=slo.name)),
+            {tenant: token_s * count for (_, name, tenant), count in waiting.items() if name == slo.name},
         )
         for slo in config.classes
     }
@@ -85,11 +89,15 @@ def _num_ahead(scheduler: Scheduler, slo: SloClass) -> int:
     return begin_of_level(running, slo.priority + 1) if scheduler.config.paced else len(running)
 
 
-def _unread(scheduler: Scheduler) -> Counter[int]:
-    """Level to prompt tokens that are to be read."""
-    unread: Counter[int] = Counter()
-    for line in (scheduler.residency.running, scheduler.residency.waiting):
-        for seq in line:
-            if seq.due_s is None:
-                unread[seq.key.level] += max(seq.prompt_len - seq.num_computed, 0)
+def _before(unread: Counter[tuple[int, str, str]], slo: SloClass, besides: str | None = None) -> int:
+    """Tokens of what is as urgent as a class, of another class than `besides`."""
+    return sum(count for (level, name, _), count in unread.items() if level <= slo.priority and name != besides)
+
+
+def _unread(line: Iterable[Sequence]) -> Counter[tuple[int, str, str]]:
+    """Level, class and tenant to prompt tokens that are to be read."""
+    unread: Counter[tuple[int, str, str]] = Counter()
+    for seq in line:
+        if seq.due_s is None:
+            unread[seq.key.level, *seq.group] += max(seq.prompt_len - seq.num_computed, 0)
     return unread

@@ -29,8 +29,11 @@ class Desk:
 
     def note(self) -> None:
         queued = Counter(request.tenant for request in self.queue)
-        reading = self.token_s * sum(len(request.prompt_token_ids) for request in self.queue)
-        load = Load(self.token_s, {self.name: ClassLoad(self.free_slots, queued, self.started, reading)})
+        waiting: Counter[str] = Counter()
+        for request in self.queue:
+            waiting[request.tenant] += len(request.prompt_token_ids)
+        waiting_s = {tenant: self.token_s * count for tenant, count in waiting.items()}
+        load = Load(self.token_s, {self.name: ClassLoad(self.free_slots, queued, self.started, 0.0, waiting_s)})
         self.admission.note(load, self.now)
 
     def run_until(self, moment: float) -> None:
@@ -134,6 +137,18 @@ def test_one_tenants_queue_does_not_keep_others_out() -> None:
     desk.note()
     assert [desk.ask(fresh(tenant="quiet")) for _ in range(5)] == [None] * 5
     assert desk.ask(fresh(tenant="quiet")) is not None
+
+
+def test_what_one_tenant_has_in_line_is_not_what_another_waits_for() -> None:
+    desk = Desk(QUICK, rate=5.0, token_s=0.001, free_slots=100)
+    waits = [desk.ask(fresh(length=300, slo_class="quick", tenant="loud")) for _ in range(5)]
+    assert waits[:3] == [None] * 3
+    desk.note()
+    # They take turns: its first has none of them before it, its second one.
+    for _ in range(2):
+        assert desk.ask(fresh(length=300, slo_class="quick", tenant="quiet")) is None
+        desk.note()
+    assert desk.ask(fresh(length=300, slo_class="quick", tenant="loud")) is not None
 
 
 def test_what_another_instance_had_accepted_is_not_refused() -> None:
