@@ -118,6 +118,12 @@ def head_is_cached(dtype: torch.dtype) -> bool:
     return _mark(dtype, HAS_INT8_DOT, "-head").exists()
 
 
+def may_run_beside() -> bool:
+    """Whether two threads of this process may run compiled code at once: with Numba's last resort for threads, where neither
+    libgomp nor TBB is installed, that ends the process. Known once compiled code has run."""
+    return bool(numba.threading_layer() != "workqueue")  # type: ignore[attr-defined]
+
+
 def compile_elsewhere(dtype: torch.dtype, what: str) -> None:
     """Puts code on disk by this module as a program, in a process of its own. RuntimeError says what it says at its end."""
     command = [sys.executable, "-m", "tailserve.engine.model.compiled", str(dtype).removeprefix("torch."), what]

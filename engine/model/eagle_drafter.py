@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -23,6 +25,8 @@ from tailserve.engine.speculation.drafter import (
     StateMessage,
     with_others,
 )
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 512
 """Positions that the head looks back: about what it was trained on."""
@@ -97,9 +101,13 @@ class EagleDrafter:
     A row begins with the first states that arrive for it (a cached prompt has none) and begins anew behind a gap.
     """
 
-    def __init__(self, model: HeadModel, tokens: Sequence[int]) -> None:
-        """`tokens`: the verifier's ids of the tokens that the head knows."""
+    def __init__(
+        self, model: HeadModel, tokens: Sequence[int], successors: SimpleQueue[Callable[[], HeadModel]] | None = None
+    ) -> None:
+        """`tokens`: the verifier's ids of the tokens that the head knows. `successors`: makers of models of the same cache,
+        to be used from then on; rows begin anew there."""
         self._model = model
+        self._successors = successors
         self._tokens = tokens
         self._pool = BlockPool(model.num_blocks, model.block_size, enable_prefix_caching=False)
         self._rows: dict[int, _Row] = {}
@@ -109,6 +117,7 @@ class EagleDrafter:
     @torch.inference_mode()
     def take(self, message: StateMessage) -> None:
         """Keeps states; those of prompts are read at once, so that the first draft need not."""
+        self._change_over()
         self.last_step = message.step
         for number in list(self._rows) if message.fresh else message.leaves:
             self._drop(number)
@@ -198,6 +207,14 @@ class EagleDrafter:
         row.states = [states[:-1]]
         self._read([row])
         row.token_ids, row.states = [last], [states[-1:]]
+
+    def _change_over(self) -> None:
+        if self._successors is None or self._successors.empty():
+            return
+        self._model = self._successors.get()()
+        for number in list(self._rows):
+            self._drop(number)
+        logger.info("the compiled draft takes over")
 
     def _fuse(self, entry: RowStates) -> torch.Tensor:
         features = torch.frombuffer(bytearray(entry.data), dtype=torch.bfloat16)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import threading
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from queue import SimpleQueue
 
 import msgspec
 import torch
@@ -15,7 +19,7 @@ from transformers import AutoConfig
 
 from tailserve.engine.errors import ConfigError
 from tailserve.engine.model.avx512 import HAS_INT8_DOT
-from tailserve.engine.model.compiled import compile_elsewhere, head_is_cached
+from tailserve.engine.model.compiled import compile_elsewhere, head_is_cached, may_run_beside
 from tailserve.engine.model.eagle import EagleHead, load_eagle
 from tailserve.engine.model.eagle_compiled import CompiledHead, can_compile_head
 from tailserve.engine.model.eagle_drafter import WINDOW, EagleDrafter, HeadModel
@@ -36,16 +40,28 @@ def load_eagle_drafter(folder: Path, verifier: LoadOptions, *, num_blocks: int) 
     dtype = resolve_dtype(verifier, text)
     embedding, lm_head = (weight.to(device) for weight in borrowed_weights(Path(verifier.path), dtype))
     max_model_len = verifier.max_model_len or text.max_position_embeddings
+    num_features = head.fuse.in_features
+    successors: SimpleQueue[Callable[[], HeadModel]] = SimpleQueue()
+
+    def succeed(model: HeadModel) -> None:
+        _warm_up(model, num_features, device)
+        # Again in the thread that is to use it, for the sake of its number of threads.
+        successors.put(lambda: _warm_up(model, num_features, device))
+
     model = make_head_model(
-        head.to(device), embedding, lm_head, verifier, num_blocks=num_blocks, max_model_len=max_model_len
+        head.to(device), embedding, lm_head, verifier, succeed, num_blocks=num_blocks, max_model_len=max_model_len
     )
-    # The first step reads compiled code from disk, which a request's first draft should not wait for.
-    model.step([Span([0], 0, [0], 1)], model.fuse(torch.zeros(1, head.fuse.in_features, device=device)))
+    return EagleDrafter(_warm_up(model, num_features, device), head.draft_tokens.tolist(), successors)
+
+
+def _warm_up(model: HeadModel, num_features: int, device: torch.device) -> HeadModel:
+    """The first step reads compiled code from disk, which a request's first draft should not wait for."""
+    model.step([Span([0], 0, [0], 1)], model.fuse(torch.zeros(1, num_features, device=device)))
     if isinstance(model, CompiledHead):
         # Behind that step, with which Numba sets the threads of all OpenMP to those of the machine. Two would wait for each
         # other in every small operation between steps, and spin on the verifier's cores behind it.
         torch.set_num_threads(1)
-    return EagleDrafter(model, head.draft_tokens.tolist())
+    return model
 
 
 def make_head_model(
@@ -53,31 +69,42 @@ def make_head_model(
     embedding: torch.Tensor,
     lm_head: torch.Tensor,
     options: LoadOptions,
+    succeed: Callable[[HeadModel], None] | None = None,
     *,
     num_blocks: int,
     max_model_len: int,
 ) -> HeadModel:
-    """The fastest that takes the head. `embedding` and `lm_head` [vocab, C] are the verifier's."""
+    """The fastest that takes the head and is there. `embedding` and `lm_head` [vocab, C] are the verifier's.
+
+    `succeed`: given a faster one once its code is compiled, in a thread of its own.
+    """
     rows = lm_head[head.draft_tokens]
     threads = options.num_threads or os.cpu_count() or 1
     wanted = options.attention_backend in ("auto", "compiled") and embedding.device.type == "cpu"
     compiles = wanted and can_compile_head(head, embedding.dtype, options.block_size)
-    if compiles and not head_is_cached(embedding.dtype):
-        logger.info("the draft's code is being compiled for the next start; until then PyTorch runs it")
-        threading.Thread(target=_compile_head, args=(embedding.dtype,), name="head compiler", daemon=True).start()
-    elif compiles:
-        return CompiledHead(
-            head,
-            embedding,
-            rows,
-            num_blocks=num_blocks,
-            block_size=options.block_size,
-            max_model_len=max_model_len,
-            window=WINDOW,
-            # A team would still spin on the verifier's cores when its step begins.
-            num_threads=1,
-            int8=HAS_INT8_DOT,
-        )
+    make = functools.partial(
+        CompiledHead,
+        embedding=embedding,
+        lm_head=rows,
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        max_model_len=max_model_len,
+        window=WINDOW,
+        # A team would still spin on the verifier's cores when its step begins.
+        num_threads=1,
+        int8=HAS_INT8_DOT,
+    )
+    if compiles and head_is_cached(embedding.dtype):
+        return make(head)
+    if compiles:
+        logger.info("the draft's code is being compiled; until it is there PyTorch runs the draft")
+        # PyTorch's changes the layers that it takes.
+        another = deepcopy(head)
+
+        def compile_head() -> None:
+            _compile_head(embedding.dtype, lambda: make(another), succeed)
+
+        threading.Thread(target=compile_head, name="head compiler", daemon=True).start()
     if embedding.device.type == "cpu":
         torch.set_num_threads(threads)
     # A whole decoder is compiled for verifiers only.
@@ -86,10 +113,12 @@ def make_head_model(
     return TorchHead(head, embedding, rows, backend, num_blocks=num_blocks, block_size=options.block_size, window=WINDOW)
 
 
-def _compile_head(dtype: torch.dtype) -> None:
+def _compile_head(dtype: torch.dtype, make: Callable[[], HeadModel], succeed: Callable[[HeadModel], None] | None) -> None:
     try:
         compile_elsewhere(dtype, "head")
-    except RuntimeError as error:
+        if succeed is not None and may_run_beside():
+            succeed(make())
+    except Exception as error:  # noqa: BLE001 (whatever it is, drafts go on as they are)
         logger.warning("the draft's code could not be compiled, so PyTorch goes on: %s", error)
 
 

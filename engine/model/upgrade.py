@@ -6,12 +6,11 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-import numba
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from tailserve.engine.model.compiled import DecoderSettings, compile_elsewhere, compile_model
+from tailserve.engine.model.compiled import DecoderSettings, compile_elsewhere, compile_model, may_run_beside
 from tailserve.engine.model.decoder import CompiledDecoder
 from tailserve.engine.model.paged import PagedModel, TransformersModel
 from tailserve.engine.model.spans import Span
@@ -95,8 +94,8 @@ class UpgradingModel:
             torch.set_num_threads(1)
             model, expected = read()
             compile_elsewhere(model.dtype, "int8" if settings.int8 else "none")
-            if numba.threading_layer() == "workqueue":  # type: ignore[attr-defined]
-                # The only one that two threads cannot use at once: the check of the new decoder would end the process.
+            if not may_run_beside():
+                # The new decoder is checked while the plain one serves.
                 logger.info("the compiled decoder serves from the next start on; with libgomp installed it could at once")
                 return
             self._ready = compile_model(model, settings, expected)

@@ -180,6 +180,35 @@ def test_a_head_whose_code_is_not_on_disk_runs_and_says_if_compiling_fails(
     assert "the disk is full" in caplog.text
 
 
+def test_compiled_code_takes_over_once_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 64
+    config = LlamaConfig(**TINY | {"hidden_size": size, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32})
+    save_model(config, tmp_path / "verifier")
+    verifier = AutoModelForCausalLM.from_pretrained(tmp_path / "verifier", dtype=torch.float32)
+    new_head(verifier, LAYERS, torch.arange(64)).save(tmp_path / "head")
+    options = LoadOptions(path=str(tmp_path / "verifier"), dtype="float32", num_threads=1)
+    compiled = threading.Event()
+    monkeypatch.setattr(eagle_loading, "head_is_cached", lambda _: compiled.is_set())
+    monkeypatch.setattr(eagle_loading, "compile_elsewhere", lambda *_: compiled.wait(60))
+    rows = load_eagle_drafter(tmp_path / "head", options, num_blocks=8)
+    assert isinstance(rows._model, TorchHead)
+    features = torch.randn(8, len(LAYERS) * size)
+    rows.take(message(0, 1, 0, list(range(1, 6)), features[:5]))
+    assert rows.run(DraftWork(0, 0, [DraftRow(1, 0, list(range(6)), 3)], [])).drafts != {}
+    compiled.set()
+    for thread in threading.enumerate():
+        if thread.name == "head compiler":
+            thread.join(60)
+    fresh = load_eagle_drafter(tmp_path / "head", options, num_blocks=8)
+    for each in (rows, fresh):
+        each.take(message(1, 1, 5, [6], features[5:6]))
+        assert isinstance(each._model, CompiledHead)
+    asked = DraftWork(1, 1, [DraftRow(1, 6, [6], 3)], [])
+    assert rows.run(asked).drafts == fresh.run(asked).drafts != {}
+    rows.take(StateMessage(2, [], [1], False))
+    assert rows._pool.num_free == 8
+
+
 def test_a_gap_begins_a_row_anew_and_missing_states_mean_no_draft(tiny_llama: str, head: EagleHead) -> None:
     torch.manual_seed(0)
     features = torch.randn(40, len(LAYERS) * TINY["hidden_size"])
