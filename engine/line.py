@@ -26,6 +26,16 @@ def begin_of_level(line: list[Sequence], level: int) -> int:
     return bisect_left(line, Key(level, late=False, tag=float("-inf"), number=-1), key=place_in_line)
 
 
+def begin_of_late(line: list[Sequence], level: int) -> int:
+    """Index of the first sequence of `level` that is late, or of what is behind it."""
+    return bisect_left(line, Key(level, late=True, tag=float("-inf"), number=-1), key=place_in_line)
+
+
+def is_in(line: list[Sequence], seq: Sequence) -> bool:
+    index = bisect_left(line, seq.key, key=place_in_line)
+    return index < len(line) and line[index] is seq
+
+
 def of_level(line: list[Sequence], level: int) -> list[Sequence]:
     return line[begin_of_level(line, level) : begin_of_level(line, level + 1)]
 

@@ -21,6 +21,23 @@ def test_what_cannot_be_in_time_goes_behind_what_can() -> None:
     assert all(len(run.times[request.id]) == 60 for request in first)
 
 
+def test_those_that_are_late_have_a_turn_now_and_then() -> None:
+    """Sixteen users and places for two of them: most first tokens are in time, and the others come, too."""
+    short = SloClass(name="normal", priority=10, ttft_s=1.0, tpot_s=0.2, speculation="off")
+    run = Run(classes=(CRITICAL, short), max_num_seqs=2)
+
+    def keep_busy() -> bool:
+        while sum(len(times) < 20 for times in run.times.values()) < 16:
+            run.add("normal", 100, 20)
+        return run.now > 60
+
+    keep_busy()
+    run.run(keep_busy)
+    waits = sorted((times[0] if times else run.now) - run.arrivals[name] for name, times in run.times.items())
+    assert waits[len(waits) // 2] <= 1.0
+    assert waits[-1] < 20.0
+
+
 def test_nobody_waits_for_ever() -> None:
     """Critical requests for everything there is, and a normal one that has an age to be served at."""
     run = Run(max_wait_s=3.0, max_num_seqs=4)
