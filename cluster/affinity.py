@@ -16,6 +16,8 @@ FEW = 3
 """Waiting requests that are soon begun: to read a session's tokens again would take longer."""
 FRESH_S = 0.5
 """How old what an instance said of its load may be."""
+FORGET_S = 60.0
+"""For how long it is kept what one said that is not among those to choose from: not each choice is among all."""
 ALIKE_S = 0.02
 """Differences in the time to a first token that mean nothing."""
 
@@ -61,6 +63,9 @@ class Loads:
             return self._choose(placing, left or instances, now)
 
     def _choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
+        # Of those that are gone only what they said lately.
+        recent = {name for name, note in self._noted.items() if now < note.noted_s + FORGET_S}
+        self._noted = {name: note for name, note in self._noted.items() if name in recent or name in instances}
         # Instances are alike: what one takes for a token, a silent one does too.
         said = [note.load.token_s for note in self._noted.values()]
         idle = _Note(InstanceLoad(0, {}, max(said, default=0.0)), now, 0)

@@ -120,9 +120,14 @@ class Choice:
         if self.early is None and not self.stops:
             return self.detokenizer.push(shown, final=final), None, len(shown)
         text = ""
+        num_before = self.num_tokens - len(chunk.token_ids)
         # One by one: an answer ends with the same token whether a draft came with it or not.
         for place, token_id in enumerate(shown):
-            piece, early = self._judge(token_id, self.detokenizer.push([token_id]), chunk, place)
+            whole = self.detokenizer.push([token_id])
+            piece, early = self._judge(token_id, whole, chunk, place)
+            if num_before + place + 1 < self.request.sampling.min_tokens:
+                text += whole
+                continue
             piece, stop = self.stops.push(piece, final=early is not None)
             text += piece
             if stop is not None or early is not None:
@@ -135,8 +140,7 @@ class Choice:
         if self.early is None:
             return piece, None
         kept, reason = self.early.push(token_id, piece, chunk.logprobs[place].end if chunk.logprobs else None)
-        may = self.num_tokens - len(chunk.token_ids) + place + 1 >= self.request.sampling.min_tokens
-        return (kept, reason) if reason is not None and may else (piece, None)
+        return (kept, reason) if reason is not None else (piece, None)
 
 
 class Generation:

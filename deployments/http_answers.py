@@ -42,8 +42,6 @@ def answer_errors(app: FastAPI) -> None:
     """Makes an application answer all errors in one shape."""
     app.add_exception_handler(TailserveError, _on_tailserve_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(404, _on_http_error)
-    app.add_exception_handler(405, _on_http_error)
     app.add_exception_handler(Exception, _on_accident)
 
 

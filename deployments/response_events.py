@@ -73,7 +73,7 @@ class ResponseObject:
             "parallel_tool_calls": True,
             "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": None, "summary": None},
-            "service_tier": body.service_tier or "default",
+            "service_tier": self.chat.service_tier or "default",
             "session_id": self.session_id,
             "store": body.store,
             "temperature": body.temperature,

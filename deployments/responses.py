@@ -41,6 +41,8 @@ class ResponseFormat:
     model: str
     body: GenerationBody
     text: TextModel
+    service_tier: str | None = None
+    """That it was served in; None for a request that asked for none."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -56,8 +58,8 @@ class ResponseFormat:
             "model": self.model,
             "choices": choices,
         }
-        if self.body.service_tier is not None:
-            result["service_tier"] = self.body.service_tier
+        if self.service_tier is not None:
+            result["service_tier"] = self.service_tier
         return result
 
     def logprobs(self, entries: Sequence[TokenLogprob], position: TextPosition) -> dict[str, Any] | None:

@@ -89,7 +89,8 @@ class Service:
             raise
         if span is not None:
             generation.on_close.append(lambda: span.end(generation, name))
-        return ResponseFormat(name, self.model, body, self._text), generation
+        tier = self._tier(body, generation.choices[0].request.slo_class)
+        return ResponseFormat(name, self.model, body, self._text, tier), generation
 
     async def _prepare(
         self, body: ChatBody | CompletionBody, headers: Mapping[str, str], tenant: Tenant
@@ -241,6 +242,14 @@ class Service:
         if body.priority is not None and body.priority < 0:
             return self.config.urgent_class
         return None
+
+    def _tier(self, body: GenerationBody, slo_class: str) -> str | None:
+        """The tier that a request got, if it asked for one: a header or its tenant's tier may have said otherwise."""
+        if body.service_tier is None:
+            return None
+        tiers = self.config.service_tiers
+        named = (tier for tier in (body.service_tier, *tiers) if tier != "auto")
+        return next((tier for tier in named if tiers.get(tier, self.config.default_class) == slo_class), "default")
 
     def _sampling(self, body: GenerationBody, prompt: tuple[int, ...], info: ModelInfo, slo_class: str) -> SamplingParams:
         early = self._early_stop(body, slo_class)

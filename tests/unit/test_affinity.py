@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from tailserve.cluster.affinity import FRESH_S, Loads, Placing, choose_instance
+from tailserve.cluster.affinity import FORGET_S, FRESH_S, Loads, Placing, choose_instance
 from tailserve.engine.stats import InstanceLoad
 
 IDLE = {"a": 0, "b": 0, "c": 0, "d": 0}
@@ -79,3 +79,11 @@ def test_what_an_instance_said_long_ago_does_not_count() -> None:
     loads.note("a", busy(7.0, 7.0), now=1.0)
     assert loads.choose(STRANGER, ["a", "b"], now=1.0 + FRESH_S / 2) == {"b"}
     assert loads.choose(STRANGER, ["a", "b"], now=2.0 + 2 * FRESH_S) == {"a", "b"}
+
+
+def test_those_that_are_gone_are_forgotten() -> None:
+    loads = Loads()
+    for number in range(100):
+        loads.note(str(number), busy(1.0, 1.0), now=float(number))
+    loads.choose(STRANGER, ["3", "99"], now=100.0 + FORGET_S)
+    assert set(loads._noted) == {"3", "99"}

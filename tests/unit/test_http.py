@@ -131,6 +131,16 @@ async def test_a_stop_string_ends_the_answer_before_it_and_the_sequence_at_once(
     assert edge.calls.engine.stats.generated_tokens < 40
 
 
+async def test_a_stop_string_before_min_tokens_ends_nothing(edge: Edge) -> None:
+    full = answer_text(edge, "ab", 60)
+    stops = [full[2:5], full[30:33]]
+    answer = await edge.client.completions.create(
+        model=MODEL, prompt="ab", max_tokens=60, stop=stops, extra_body={"min_tokens": 20}
+    )
+    assert answer.choices[0].text == full[: full.index(stops[1], 19)]
+    assert answer.choices[0].stop_reason == stops[1]  # type: ignore[attr-defined]
+
+
 async def test_a_client_that_leaves_frees_its_sequence(edge: Edge) -> None:
     edge.calls.executor.step_s = 0.005
     stream = await edge.client.completions.create(model=MODEL, prompt="ab", max_tokens=100, stream=True)
@@ -243,8 +253,15 @@ async def test_the_class_comes_from_header_tier_or_priority(
     seen = []
     submit = edge.calls.loop.submit
     monkeypatch.setattr(edge.calls.loop, "submit", lambda request, ingress: (seen.append(request), submit(request, ingress)))
-    await edge.http.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1} | body, headers=headers)
+    answer = await edge.http.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1} | body, headers=headers)
     assert [request.slo_class for request in seen] == ["critical" if priority == 0 else "normal"]
+    got = ("priority" if priority == 0 else body["service_tier"]) if "service_tier" in body else None
+    assert answer.json().get("service_tier") == got
+
+
+async def test_a_request_for_any_tier_is_told_which_it_got(edge: Edge) -> None:
+    answer = await edge.client.chat.completions.create(model=MODEL, messages=USER, max_tokens=1, service_tier="auto")
+    assert answer.service_tier == "default"
 
 
 async def test_an_unknown_class_is_told_the_known_ones(edge: Edge) -> None:
