@@ -177,6 +177,14 @@ async def test_keys_are_given_out_and_taken_back_without_a_restart(
     await settled(GOLD, "gold")
     with pytest.raises(QueueFullError):  # what runs still counts
         gate.identify({"authorization": f"Bearer {FREE}"}).enter()
+    write(limited | {"max_concurrent_requests": 2}, TENANTS[0])
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                gate.identify({"authorization": f"Bearer {FREE}"}).enter()
+                break
+            except QueueFullError:
+                await asyncio.sleep(0.01)
     write(TENANTS[0])
     await settled(FREE, None)
     leave()
