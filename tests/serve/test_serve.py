@@ -15,6 +15,13 @@ import pytest
 from harness import MODEL, PROMPTS, SLOTS, Server, stream_text
 from ray.exceptions import RayError
 
+from tailserve.cluster.config import Timeouts
+from tailserve.deployments.client import RouterClient
+from tailserve.deployments.ingress import ServeCalls
+from tailserve.deployments.models import resolve_model
+from tailserve.deployments.text import TextModel
+from tailserve.engine.types import Request, SamplingParams, TokenChunk
+
 
 def test_503_while_the_model_is_loading(server: Server) -> None:
     error = server.refused_while_loading
@@ -49,8 +56,6 @@ def test_greedy_equals_transformers_generate(server: Server, answers: list[str])
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tailserve.deployments.models import resolve_model
-
     path = resolve_model(None)
     tokenizer, oracle = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     oracle.generation_config.eos_token_id = None
@@ -58,6 +63,23 @@ def test_greedy_equals_transformers_generate(server: Server, answers: list[str])
         ids = tokenizer(prompt, return_tensors="pt")
         tokens = oracle.generate(**ids, max_new_tokens=40, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert answer == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+async def test_an_ingress_on_another_node_gets_its_tokens_by_a_stream(server: Server, client: openai.AsyncOpenAI) -> None:
+    text = TextModel(resolve_model(None))
+    prompt = text.encode(PROMPTS[0], add_special_tokens=False)
+    queue = asyncio.Queue[TokenChunk]()
+    elsewhere = RouterClient(ServeCalls(server.router), Timeouts(), max_open=1)
+    sampling = SamplingParams(max_tokens=20, temperature=0.0, seed=0)
+    request = Request(id="elsewhere", prompt_token_ids=tuple(prompt), sampling=sampling, slo_class="normal")
+    await elsewhere.submit(request, queue)
+    tokens: list[int] = []
+    while len(tokens) < 20:
+        tokens += (await asyncio.wait_for(queue.get(), 60)).token_ids
+    answer = await client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert text.decode(tokens) == answer.choices[0].text
 
 
 def test_errors_of_each_kind(server: Server) -> None:
