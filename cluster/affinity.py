@@ -16,8 +16,6 @@ FEW = 3
 """Waiting requests that are soon begun: to read a session's tokens again would take longer."""
 FRESH_S = 0.5
 """How old what an instance said of its load may be."""
-FORGET_S = 60.0
-"""For how long it is kept what one said that is not among those to choose from: not each choice is among all."""
 ALIKE_S = 0.02
 """Differences in the time to a first token that mean nothing."""
 
@@ -63,13 +61,12 @@ class Loads:
             return self._choose(placing, left or instances, now)
 
     def _choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
-        # Of those that are gone only what they said lately.
-        recent = {name for name, note in self._noted.items() if now < note.noted_s + FORGET_S}
-        self._noted = {name: note for name, note in self._noted.items() if name in recent or name in instances}
+        fresh = {name: note for name, note in self._noted.items() if now < note.noted_s + FRESH_S}
+        # What the others said is forgotten once they are gone.
+        self._noted = {name: self._noted[name] for name in instances if name in self._noted} | fresh
         # Instances are alike: what one takes for a token, a silent one does too.
         said = [note.load.token_s for note in self._noted.values()]
         idle = _Note(InstanceLoad(0, {}, max(said, default=0.0)), now, 0)
-        fresh = {name: note for name, note in self._noted.items() if now < note.noted_s + FRESH_S}
         notes = {name: fresh.get(name, idle) for name in instances}
         if placing.session is not None:
             waiting = {name: note.load.num_waiting for name, note in notes.items()}

@@ -107,6 +107,8 @@ def _answers(address: str) -> bool:
     if not address:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # One that is stopped accepts nobody.
+        probe.setblocking(False)
         try:
             probe.connect(address)
         except OSError:

@@ -118,8 +118,8 @@ def _compile_head(dtype: torch.dtype, make: Callable[[], HeadModel], succeed: Ca
         compile_elsewhere(dtype, "head")
         if succeed is not None and may_run_beside():
             succeed(make())
-    except Exception as error:  # noqa: BLE001 (whatever it is, drafts go on as they are)
-        logger.warning("the draft's code could not be compiled, so PyTorch goes on: %s", error)
+    except Exception:
+        logger.exception("compiling the draft's code failed, so PyTorch goes on")
 
 
 def borrowed_weights(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from prompts import PROMPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tailserve.deployments.models import resolve_model
+from tailserve.engine.model.avx512 import HAS_INT8_DOT
 from tailserve.engine.model.loading import load_model
 from tailserve.engine.model.spans import Span
 from tailserve.engine.options import LoadOptions
@@ -92,6 +93,7 @@ def test_bfloat16_agrees_with_float32_at_least_as_often_as_transformers(
     assert ours / total >= theirs / total - 0.01
 
 
+@pytest.mark.skipif(not HAS_INT8_DOT, reason="needs AVX512-VNNI")
 def test_int8_agrees_with_float32_in_most_choices(prompt_ids: list[list[int]], oracle: list[list[int]]) -> None:
     """Teacher-forced likewise; what `--quantization int8` costs."""
     paged, _ = load_model(LoadOptions(path=PATH, dtype="bfloat16", quantization="int8", num_blocks=64, max_model_len=1024))

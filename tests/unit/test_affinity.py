@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from tailserve.cluster.affinity import FORGET_S, FRESH_S, Loads, Placing, choose_instance
+from tailserve.cluster.affinity import FRESH_S, Loads, Placing, choose_instance
 from tailserve.engine.stats import InstanceLoad
 
 IDLE = {"a": 0, "b": 0, "c": 0, "d": 0}
@@ -85,5 +85,5 @@ def test_those_that_are_gone_are_forgotten() -> None:
     loads = Loads()
     for number in range(100):
         loads.note(str(number), busy(1.0, 1.0), now=float(number))
-    loads.choose(STRANGER, ["3", "99"], now=100.0 + FORGET_S)
+    loads.choose(STRANGER, ["3", "99"], now=100.0 + FRESH_S)
     assert set(loads._noted) == {"3", "99"}

@@ -122,6 +122,7 @@ def test_tenants_may_come_from_a_file(tmp_path: Path) -> None:
         (f"- {{name: free, api_key_hashes: [{'c' * 64}]}}", "tenant or a key twice"),
         ("gold: {}", "holds no list"),
         ("- [", "cannot read tenants_file"),
+        ("- 2026-13-01", "cannot read tenants_file"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=match):
