@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tailserve.deployments.generation import Generation
@@ -36,13 +36,6 @@ STATUS: list[tuple[type[TailserveError], int, str]] = [
 ]
 """Exception to HTTP status and OpenAI's error type; the first that fits."""
 MAX_BODY_BYTES = 8 << 20
-
-
-def answer_errors(app: FastAPI) -> None:
-    """Makes an application answer all errors in one shape."""
-    app.add_exception_handler(TailserveError, _on_tailserve_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_accident)
 
 
 EVENT_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -110,3 +103,11 @@ async def _on_accident(_: Request, error: Exception) -> Response:
 
 def _error(status: int, message: str, kind: str, code: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": code}}, status)
+
+
+ERROR_HANDLERS: dict[Any, Any] = {
+    TailserveError: _on_tailserve_error,
+    HTTPException: _on_http_error,
+    Exception: _on_accident,
+}
+"""All errors in one shape, as Starlette takes them."""

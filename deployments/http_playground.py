@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, Response
-from fastapi.staticfiles import StaticFiles
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from tailserve.deployments.http_answers import respond
@@ -23,15 +24,13 @@ HEADERS = {
 }
 
 
-def add_playground(app: FastAPI, service: Service) -> None:
+def playground_routes(service: Service) -> list[BaseRoute]:
     """`/` and what it loads. It has no rights of its own: with tenants it asks for an API key."""
 
-    @app.get("/")
-    async def page() -> Response:
+    async def page(_: Request) -> Response:
         return FileResponse(FOLDER / "index.html", headers=HEADERS)
 
-    @app.get("/playground/settings")
-    async def settings() -> Response:
+    async def settings(_: Request) -> Response:
         config = service.config
         return respond(
             {
@@ -43,7 +42,8 @@ def add_playground(app: FastAPI, service: Service) -> None:
             }
         )
 
-    app.mount("/playground", _Files(directory=FOLDER))
+    files = Mount("/playground", _Files(directory=FOLDER))
+    return [Route("/", page), Route("/playground/settings", settings), files]
 
 
 class _Files(StaticFiles):

@@ -7,8 +7,10 @@ import logging
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
-from fastapi.responses import Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tailserve.deployments.auth import Tenant
 from tailserve.deployments.http_answers import (
@@ -29,11 +31,10 @@ from tailserve.engine.errors import InternalError, InvalidRequestError, Tailserv
 logger = logging.getLogger(__name__)
 
 
-def add_response_routes(app: FastAPI, service: Service) -> None:
+def response_routes(service: Service) -> list[BaseRoute]:
     """`/v1/responses` and what belongs to it."""
     responder = Responder(service)
 
-    @app.post("/v1/responses")
     async def create(request: Request) -> Response:
         tenant = service.gate.identify(request.headers)
         service.ready_info()
@@ -48,24 +49,23 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
             pass
         return respond(response.data(), 500 if response.status == "failed" else 200)
 
-    @app.get("/v1/responses/{response_id}")
-    async def get(response_id: str, request: Request) -> Response:
+    async def get(request: Request) -> Response:
+        response_id = request.path_params["response_id"]
         tenant = service.gate.identify(request.headers)
         if request.query_params.get("stream", "").lower() in ("", "false", "0"):
             return respond(responder.get(response_id, tenant))
         after = _last_seen(request)
         return event_stream_of(service.background.log(tenant.name, response_id).read(after))
 
-    @app.delete("/v1/responses/{response_id}")
-    async def delete(response_id: str, request: Request) -> Response:
-        return respond(responder.delete(response_id, service.gate.identify(request.headers)))
+    async def delete(request: Request) -> Response:
+        tenant = service.gate.identify(request.headers)
+        return respond(responder.delete(request.path_params["response_id"], tenant))
 
-    @app.post("/v1/responses/{response_id}/cancel")
-    async def cancel(response_id: str, request: Request) -> Response:
+    async def cancel(request: Request) -> Response:
+        response_id = request.path_params["response_id"]
         await service.abort(response_id, service.gate.identify(request.headers))
         return respond({"id": response_id, "object": "response", "status": "cancelled"})
 
-    @app.websocket("/v1/responses")
     async def converse(socket: WebSocket) -> None:
         await socket.accept()
         try:
@@ -75,6 +75,14 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
             await socket.close(1008)
             return
         await Conversation(socket, service, responder, tenant).run()
+
+    return [
+        Route("/v1/responses", create, methods=["POST"]),
+        Route("/v1/responses/{response_id}", get, methods=["GET"]),
+        Route("/v1/responses/{response_id}", delete, methods=["DELETE"]),
+        Route("/v1/responses/{response_id}/cancel", cancel, methods=["POST"]),
+        WebSocketRoute("/v1/responses", converse),
+    ]
 
 
 class Conversation:

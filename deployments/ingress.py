@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
 from ray import serve
 from ray.serve import metrics
+from starlette.applications import Starlette
 
 from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
@@ -124,7 +124,7 @@ class Ingress:
         self._waiting = loop.create_task(self._wait_for_model())
         self._following = loop.create_task(follow_tenants(given, service.gate)) if given.tenants_file is not None else None
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Starlette:
         return create_app(self._service)
 
     async def metrics(self) -> str:
