@@ -7,10 +7,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from tailserve.engine.config import EngineConfig
-from tailserve.engine.cost import StepTimes, count_excess, count_tokens, count_unsampled
+from tailserve.engine.cost import StepTimes
 from tailserve.engine.errors import ExecutorLostError
 from tailserve.engine.load import Demand, Load, measure_demand, measure_load
 from tailserve.engine.pace import Pace
@@ -21,6 +21,7 @@ from tailserve.engine.speculation.policy import DraftPolicy
 from tailserve.engine.speculation.selection import DraftSelection
 from tailserve.engine.stats import EngineGauges, EngineStats
 from tailserve.engine.types import Batch, Request, StepResult, TokenChunk
+from tailserve.engine.under_way import StepUnderWay
 
 logger = logging.getLogger(__name__)
 
@@ -33,23 +34,6 @@ PREFIX_POLL_S = 0.001
 """How soon after it comes a draft's prefix is passed on."""
 MAX_LOSSES = 3
 """Losses of the executor after which a request ends that got no token between them."""
-
-
-class _UnderWay(NamedTuple):
-    """What is remembered of a submitted step."""
-
-    num_tokens: int
-    unsampled: int
-    excess: int
-    """`unsampled` and `excess`: see `StepTimes.predict`."""
-    num_sequences: int
-    only_generates: bool
-    drafted: bool
-    """Drafts were asked for, whether or not there were any."""
-    states: bool
-    """The draft gets hidden states of it."""
-    has_drafts: bool
-    num_moves: int
 
 
 class Executor(Protocol):
@@ -89,8 +73,10 @@ class Engine:
         self.scheduler = Scheduler(config, self.stats, DraftSelection(self._policy, self.stats), self._times)
         self._executor = executor
         self._clock = clock
-        self._under_way: deque[_UnderWay] = deque()
+        self._under_way: deque[StepUnderWay] = deque()
         """The submitted steps, oldest first."""
+        self._ended: tuple[StepUnderWay, StepResult] | None = None
+        """The last step, if nothing was learnt from it yet."""
         self._committed_at: float | None = None
         """When the step before those under way was; None if there was a pause."""
         self._ends: float | None = None
@@ -139,6 +125,7 @@ class Engine:
         The next step is scheduled shortly before the one that runs has ended, so that the verifier need not wait for it and
         who arrives meanwhile is in it. To let them in, a call returns at that moment too, with nothing.
         """
+        self.learn()
         if self.executor_lost:
             return self._recover("its process ended between two steps")
         if first := self._take_prefixes():
@@ -155,9 +142,7 @@ class Engine:
         if result is None:
             return self.scheduler.take_ended()
         done = self._under_way.popleft()
-        computed_s = result.duration_s - result.moved_s
-        self._times.observe(done.num_tokens, computed_s, unsampled=done.unsampled, excess=done.excess)
-        self._times.observe_moves(done.num_moves, result.moved_s)
+        self._ended = done, result
         self.stats.moved_blocks += done.num_moves
         self.stats.move_seconds += result.moved_s
         self._expect_end()
@@ -166,6 +151,13 @@ class Engine:
         if self.drafts and not self._under_way:
             self.drafts.start(result.step, self.scheduler.residency.running, states=done.states)
         return chunks
+
+    def learn(self) -> None:
+        """What the last step's time says of later ones. Can wait until its tokens are on their way, and no longer."""
+        if self._ended is not None:
+            done, result = self._ended
+            self._ended = None
+            done.teach(self._times, result)
 
     def _take_prefixes(self) -> list[TokenChunk]:
         """What the draft wrote while the verifier reads prompts."""
@@ -186,7 +178,7 @@ class Engine:
         behind_drafts = any(step.has_drafts for step in self._under_way)
         return 1 if behind_drafts or self.drafts.wanted(self.scheduler.residency.running) else 2
 
-    def _note_step(self, done: _UnderWay, result: StepResult) -> None:
+    def _note_step(self, done: StepUnderWay, result: StepResult) -> None:
         """What a step says of drafting."""
         now, before = self._clock(), self._committed_at
         self._committed_at = now if self.has_work else None
@@ -209,20 +201,7 @@ class Engine:
             batch = self.drafts.with_states(batch, running) if self.drafts else batch
             self._executor.submit(batch)
             self.stats.drafted_steps += bool(batch.drafts)
-            only_generates = bool(batch.rows) and all(batch.samples) and all(length == 1 for length in batch.lengths)
-            self._under_way.append(
-                _UnderWay(
-                    count_tokens(batch),
-                    count_unsampled(batch),
-                    count_excess(batch),
-                    len(batch.rows),
-                    only_generates and not batch.moves,
-                    wanted,
-                    batch.states,
-                    bool(batch.drafts),
-                    len(batch.moves),
-                )
-            )
+            self._under_way.append(StepUnderWay.of(batch, drafted=wanted))
             if len(self._under_way) == 1:
                 self._expect_end()
             if self.drafts and self._has_prefixes:
@@ -233,11 +212,10 @@ class Engine:
     def _expect_end(self) -> None:
         """A step begins to run now, if there is one: when to schedule the next."""
         step = self._under_way[0] if self._under_way else None
-        predicted = step and self._times.predict(step.num_tokens, unsampled=step.unsampled, excess=step.excess)
-        if step is None or predicted is None:
+        predicted = step and step.predict(self._times)
+        if predicted is None:
             self._ends, self._due = None, math.inf
             return
-        predicted += step.num_moves * self._times.move_s
         self._ends = self._clock() + predicted
         self._due = self._ends - LEAD_S - LEAD_SHARE * predicted
 
