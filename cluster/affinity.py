@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -37,16 +38,22 @@ class _Note(NamedTuple):
     load: InstanceLoad
     noted_s: float
     placed: int
-    """Tokens of prompts that were sent there since its load changed, as far as this was the only choice."""
+    """Tokens of prompts that were sent there since its load changed."""
 
 
 class Loads:
     """How busy each instance is: what its own messages say, and what was sent there since. One that is silent is idle."""
 
     def __init__(self) -> None:
+        self._running: tuple[str, ...] = ()
         self._noted: dict[str, _Note] = {}
-        # Serve may ask in another thread than that of the streams.
+        # Serve tells in another thread than that of the streams.
         self._lock = threading.Lock()
+
+    def note_running(self, instances: Iterable[str]) -> None:
+        """The instances that take requests, as Serve knows them."""
+        with self._lock:
+            self._running = tuple(instances)
 
     def note(self, instance: str, load: InstanceLoad, now: float) -> None:
         with self._lock:
@@ -54,13 +61,13 @@ class Loads:
             placed = before.placed if before is not None and before.load == load else 0
             self._noted[instance] = _Note(load, now, placed)
 
-    def choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
-        """The instance for a request; several if nothing tells them apart."""
-        left = [name for name in instances if name not in placing.avoid]
+    def choose(self, placing: Placing, now: float) -> str | None:
+        """The instance for a request; None if none is known."""
         with self._lock:
-            return self._choose(placing, left or instances, now)
+            left = [name for name in self._running if name not in placing.avoid] or self._running
+            return self._choose(placing, left, now) if left else None
 
-    def _choose(self, placing: Placing, instances: Collection[str], now: float) -> set[str]:
+    def _choose(self, placing: Placing, instances: Sequence[str], now: float) -> str:
         fresh = {name: note for name, note in self._noted.items() if now < note.noted_s + FRESH_S}
         # What the others said is forgotten once they are gone.
         self._noted = {name: self._noted[name] for name in instances if name in self._noted} | fresh
@@ -70,13 +77,11 @@ class Loads:
         notes = {name: fresh.get(name, idle) for name in instances}
         if placing.session is not None:
             waiting = {name: note.load.num_waiting for name, note in notes.items()}
-            chosen = {choose_instance(placing.session, waiting, placing.last)}
+            name = choose_instance(placing.session, waiting, placing.last)
         else:
-            chosen = choose_quickest({name: _first_token_s(note, placing) for name, note in notes.items()})
-        if len(chosen) == 1:
-            (name,) = chosen
-            self._noted[name] = notes[name]._replace(placed=notes[name].placed + placing.num_tokens)
-        return chosen
+            name = choose_quickest({name: _first_token_s(note, placing) for name, note in notes.items()})
+        self._noted[name] = notes[name]._replace(placed=notes[name].placed + placing.num_tokens)
+        return name
 
 
 LOADS = Loads()
@@ -87,10 +92,10 @@ def _first_token_s(note: _Note, placing: Placing) -> float:
     return note.load.waits_s.get(placing.slo_class, 0.0) + (note.placed + placing.num_tokens) * note.load.token_s
 
 
-def choose_quickest(first_token_s: Mapping[str, float]) -> set[str]:
-    """Those of the instances whose next first token comes soonest, or hardly later."""
+def choose_quickest(first_token_s: Mapping[str, float]) -> str:
+    """One of the instances whose next first token comes soonest, or hardly later."""
     soonest = min(first_token_s.values())
-    return {name for name, seconds in first_token_s.items() if seconds <= soonest + ALIKE_S}
+    return random.choice([name for name, seconds in first_token_s.items() if seconds <= soonest + ALIKE_S])
 
 
 def choose_instance(session: str, waiting: Mapping[str, int], last: str | None = None) -> str:

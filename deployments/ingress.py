@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray import serve
 from ray.serve import metrics
 from starlette.applications import Starlette
 
-from tailserve.cluster.affinity import Placing
+from tailserve.cluster.affinity import LOADS, Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.cluster.files import with_tenants_of_file
 from tailserve.deployments.client import RouterClient
@@ -24,6 +25,7 @@ from tailserve.deployments.metrics import Gatherer, Page
 from tailserve.deployments.models import model_name, resolve_model
 from tailserve.deployments.otlp_metrics import open_metrics
 from tailserve.deployments.request_log import RequestLog
+from tailserve.deployments.requests import RequestOutlets
 from tailserve.deployments.service import Service
 from tailserve.deployments.telemetry import RequestMetrics
 from tailserve.deployments.tenants_file import follow_tenants
@@ -41,22 +43,29 @@ METRICS_S = 2.0
 
 
 class ServeCalls:
-    """`RouterCalls` over a Serve handle."""
+    """`RouterCalls` over a Serve handle; requests to instances of this node go straight there, once one was taken."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self._requests = RequestOutlets()
         self.tokens_at = ""
         """Where routers of this node send tokens to; others have a stream."""
 
     async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]:
+        placing = placing._replace(avoid=placing.avoid | self._requests.silent())
+        instance = LOADS.choose(placing, time.monotonic())
+        if instance is not None and self._requests.reach(instance):
+            return instance, await self._requests.submit(instance, request, ingress, self.tokens_at)
         try:
-            answer: tuple[str, TailserveError | None] = await self._handle.submit.remote(
-                request, ingress, placing=placing, tokens_at=self.tokens_at
+            taken: tuple[str, str, TailserveError | None] = await self._handle.submit.remote(
+                request, ingress, instance=instance, tokens_at=self.tokens_at
             )
         except Exception as error:
             # Ray's, gRPC's or Serve's. Whether the instance had taken the request or not, it is asked for no more.
             raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
-        return answer
+        name, requests_at, refusal = taken
+        await self._requests.connect(name, requests_at)
+        return name, refusal
 
     async def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]:
         async for data in self._handle.options(stream=True).stream.remote(ingress, instance=instance):
@@ -68,6 +77,9 @@ class ServeCalls:
     async def drop_session(self, tenant: str, session_id: str) -> int:
         results = await self._handle.broadcast("drop_session", tenant, session_id).results_async()
         return sum(results)
+
+    def close(self) -> None:
+        self._requests.close()
 
     async def pages(self) -> list[str]:
         return await pages_of(self._handle)
@@ -141,6 +153,7 @@ class Ingress:
             self._following.cancel()
         # Serve waits for requests that are open; nobody need have one open for these.
         await self._service.background.finish()
+        self._calls.close()
         self._tokens.close()
         for sender in (self._service.tracer, self._collected):
             if sender is not None:

@@ -17,7 +17,6 @@ from ray import serve
 from ray.serve import metrics
 
 from tailserve.cluster import placement
-from tailserve.cluster.affinity import Placing
 from tailserve.cluster.config import TailserveConfig, parse_config
 from tailserve.deployments.collector import keep_collector_out_of_steps
 from tailserve.deployments.draft import DraftLink, DraftOptions
@@ -27,6 +26,7 @@ from tailserve.deployments.loop import EngineLoop
 from tailserve.deployments.metrics import Page
 from tailserve.deployments.models import model_name
 from tailserve.deployments.process import ModelProcess
+from tailserve.deployments.requests import RequestInlet
 from tailserve.deployments.sizes import engine_settings, load_options
 from tailserve.deployments.sockets import open_sockets
 from tailserve.deployments.streams import ORPHAN_S, Outboxes
@@ -63,6 +63,8 @@ class Router:
             raise
         keep_collector_out_of_steps()
         name = self._config.served_model_name or model_name(self._config.model)
+        self._requests = RequestInlet(self._directory / "requests", self._accept)
+        await self._requests.open()
         self._metrics = InstanceMetrics(Page(metrics, model_name=name, instance=self._instance))
         self._sweeper = asyncio.create_task(self._sweep())
 
@@ -110,15 +112,21 @@ class Router:
         return link
 
     async def submit(
-        self, request: bytes, ingress: str, *, placing: Placing, tokens_at: str = ""
-    ) -> tuple[str, TailserveError | None]:
-        """Accepts an encoded `Request` and returns this instance's name, to read the stream from.
+        self, request: bytes, ingress: str, *, instance: str | None, tokens_at: str
+    ) -> tuple[str, str, TailserveError | None]:
+        """Accepts an encoded `Request`. Returns this instance's name, to read the stream from, and where it takes further
+        ones from ingresses of its node (see `RequestInlet`).
 
-        `placing`: what `InstanceRequestRouter` went by. `tokens_at`: where the ingress listens, for routers of its node.
+        `instance`: the one that was meant, by which `InstanceRequestRouter` went; None for any. `tokens_at`: where the
+        ingress listens, for routers of its node.
 
-        Refusals (see `EngineLoop.submit`) are returned beside it, not raised: Serve logs a traceback for whatever a replica
-        raises, and being full is no accident.
+        Refusals (see `EngineLoop.submit`) are returned beside them, not raised: Serve logs a traceback for whatever a
+        replica raises, and being full is no accident.
         """
+        del instance
+        return self._instance, self._requests.address, self._accept(request, ingress, tokens_at)
+
+    def _accept(self, request: bytes, ingress: str, tokens_at: str) -> TailserveError | None:
         decoded = msgspec.msgpack.decode(request, type=Request)
         if decoded.traceparent and self._tracer is not None:
             self._traced[decoded.id] = decoded.traceparent
@@ -127,9 +135,9 @@ class Router:
             self._loop.submit(decoded, ingress)
         except TailserveError as error:
             self._traced.pop(decoded.id, None)
-            return self._instance, error
+            return error
         self._outboxes.open_request(ingress)
-        return self._instance, None
+        return None
 
     def _trace_and_publish(self, by_ingress: Mapping[str, list[TokenChunk]], load: InstanceLoad) -> None:
         assert self._tracer is not None
@@ -203,6 +211,7 @@ class Router:
     async def __del__(self) -> None:
         if self._sweeper is not None:  # it has started
             self._sweeper.cancel()
+            self._requests.close()
             await asyncio.to_thread(self._stop)
 
     def _stop(self) -> None:

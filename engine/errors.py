@@ -31,10 +31,11 @@ class TailserveError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive Exception's own pickling, and these cross Serve handles.
-        return (_rebuild, (type(self), self.message, self.__dict__))
+        return (rebuild, (type(self), self.message, self.__dict__))
 
 
-def _rebuild(cls: type[TailserveError], message: str, state: dict[str, object]) -> TailserveError:
+def rebuild(cls: type[TailserveError], message: str, state: dict[str, object]) -> TailserveError:
+    """An error as it was, from its class, its message and its attributes."""
     error = cls.__new__(cls)
     Exception.__init__(error, message)
     error.__dict__.update(state)

@@ -65,21 +65,43 @@ def test_greedy_equals_transformers_generate(server: Server, answers: list[str])
         assert answer == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-async def test_an_ingress_on_another_node_gets_its_tokens_by_a_stream(server: Server, client: openai.AsyncOpenAI) -> None:
+class NoSubmit:
+    """A handle that takes no requests."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def __getattr__(self, name: str) -> Any:
+        assert name != "submit"
+        return getattr(self._handle, name)
+
+
+async def test_an_ingress_on_another_node_has_serve_alone_and_one_of_this_node_submits_past_it(
+    server: Server, client: openai.AsyncOpenAI
+) -> None:
     text = TextModel(resolve_model(None))
     prompt = text.encode(PROMPTS[0], add_special_tokens=False)
-    queue = asyncio.Queue[TokenChunk]()
-    elsewhere = RouterClient(ServeCalls(server.router), Timeouts(), max_open=1)
-    sampling = SamplingParams(max_tokens=20, temperature=0.0, seed=0)
-    request = Request(id="elsewhere", prompt_token_ids=tuple(prompt), sampling=sampling, slo_class="normal")
-    await elsewhere.submit(request, queue)
-    tokens: list[int] = []
-    while len(tokens) < 20:
-        tokens += (await asyncio.wait_for(queue.get(), 60)).token_ids
+    # It listens nowhere for tokens.
+    calls = ServeCalls(server.router)
+    ingress = RouterClient(calls, Timeouts(), max_open=1)
+
+    async def tokens_of(name: str) -> list[int]:
+        sampling = SamplingParams(max_tokens=20, temperature=0.0, seed=0)
+        queue = asyncio.Queue[TokenChunk]()
+        request = Request(id=name, prompt_token_ids=tuple(prompt), sampling=sampling, slo_class="normal")
+        await ingress.submit(request, queue)
+        tokens: list[int] = []
+        while len(tokens) < 20:
+            tokens += (await asyncio.wait_for(queue.get(), 60)).token_ids
+        return tokens
+
     answer = await client.completions.create(
         model=MODEL, prompt=prompt, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
     )
-    assert text.decode(tokens) == answer.choices[0].text
+    assert text.decode(await tokens_of("by Serve")) == answer.choices[0].text
+    calls._handle = NoSubmit(server.router)
+    assert text.decode(await tokens_of("past Serve")) == answer.choices[0].text
+    calls.close()
 
 
 def test_errors_of_each_kind(server: Server) -> None:

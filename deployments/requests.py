@@ -1,0 +1,215 @@
+"""Requests past Ray, from an ingress to a router on its node: through a socket file that the router binds.
+
+Serve asks a replica whether it takes a call before it passes the answer on: 5 ms of a first token, where this takes less
+than one. What Serve knows still decides: which instances there are, and all calls to those of other nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from tailserve.engine import errors
+from tailserve.engine.errors import NotReadyError, TailserveError
+
+logger = logging.getLogger(__name__)
+
+HEADER = 4
+"""Bytes of a message's length, the lowest first, before the message."""
+SILENT_S = 1.0
+"""How long a router may owe an answer that takes it a millisecond before others are asked."""
+
+
+class Submission(msgspec.Struct, frozen=True, array_like=True):
+    """A request on its way to a router."""
+
+    number: int
+    """Of its connection's submissions."""
+    request: bytes
+    """An encoded `Request`."""
+    ingress: str
+    tokens_at: str
+    """Where the ingress listens."""
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True):
+    """Whether a submission was accepted."""
+
+    number: int
+    refusal: tuple[str, str, dict[str, Any]] | None
+    """An error's class, message and attributes."""
+
+
+class _Messages(asyncio.Protocol):
+    """Either end of a connection: whole messages out of what comes in pieces."""
+
+    def __init__(self, handler: Callable[[_Messages, bytes], None], lost: Callable[[_Messages], None]) -> None:
+        self._handler = handler
+        self._lost = lost
+        self._buffer = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        begin = 0
+        while (body := begin + HEADER) <= len(self._buffer):
+            end = body + int.from_bytes(self._buffer[begin:body], "little")
+            if end > len(self._buffer):
+                break
+            try:
+                self._handler(self, bytes(self._buffer[body:end]))
+            except Exception:
+                # Whoever waits for an answer is told by the end of the connection.
+                logger.exception("a message could not be handled; its connection ends")
+                self.close()
+                return
+            begin = end
+        del self._buffer[:begin]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._lost(self)
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, message: msgspec.Struct) -> None:
+        """ConnectionError when the other end is gone."""
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionError("the connection is gone")
+        data = msgspec.msgpack.encode(message)
+        self._transport.write(len(data).to_bytes(HEADER, "little") + data)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+class RequestInlet:
+    """A router's end, on its event loop."""
+
+    def __init__(self, address: Path, accept: Callable[[bytes, str, str], TailserveError | None]) -> None:
+        """`address`: a file that is not there yet. `accept`: gets `Submission`'s fields; returns why it refuses, if so."""
+        self.address = str(address)
+        self._accept = accept
+        self._ends: set[_Messages] = set()
+        self._decoder = msgspec.msgpack.Decoder(Submission)
+
+    async def open(self) -> None:
+        self._server = await asyncio.get_running_loop().create_unix_server(self._connect, self.address)
+
+    def _connect(self) -> _Messages:
+        end = _Messages(self._take, self._ends.discard)
+        self._ends.add(end)
+        return end
+
+    def _take(self, end: _Messages, data: bytes) -> None:
+        asked = self._decoder.decode(data)
+        error = self._accept(asked.request, asked.ingress, asked.tokens_at)
+        refusal = None if error is None else (type(error).__name__, error.message, vars(error))
+        # An ingress that is gone meanwhile reads no tokens, either: `Outboxes.orphans` gives its requests up.
+        with contextlib.suppress(ConnectionError):
+            end.send(Reply(asked.number, refusal))
+
+    def close(self) -> None:
+        self._server.close()
+        for end in list(self._ends):
+            end.close()
+
+
+class RequestOutlets:
+    """An ingress's ends, by instance, on its event loop."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line] = {}
+
+    def reach(self, instance: str) -> bool:
+        """Whether `submit` may be asked to go there."""
+        line = self._lines.get(instance)
+        return line is not None and line.end.is_open
+
+    def silent(self) -> frozenset[str]:
+        """Those that owe an answer: they may be stopped, or hang."""
+        return frozenset(instance for instance, line in self._lines.items() if line.silent_s > SILENT_S)
+
+    async def connect(self, instance: str, address: str) -> None:
+        """Reaches an instance from now on, if it listens on this node."""
+        if instance in self._lines:
+            return
+        line = self._lines[instance] = _Line(lambda: self._forget(instance))
+        try:
+            await asyncio.get_running_loop().create_unix_connection(lambda: line.end, address)
+        except OSError:
+            self._forget(instance)
+
+    async def submit(self, instance: str, request: bytes, ingress: str, tokens_at: str) -> TailserveError | None:
+        """Why the instance did not take the request; None if it did."""
+        try:
+            return await self._lines[instance].ask(request, ingress, tokens_at)
+        except ConnectionError as error:
+            # Had it taken the request, it is asked for no more.
+            return NotReadyError(f"the instance died before it took the request; try again ({error})")
+
+    def _forget(self, instance: str) -> None:
+        del self._lines[instance]
+
+    def close(self) -> None:
+        for line in self._lines.values():
+            line.end.close()
+
+
+class _Line:
+    """A connection to one instance, and what was asked there."""
+
+    def __init__(self, lost: Callable[[], object]) -> None:
+        self.end = _Messages(self._take, self._fail)
+        self._lost = lost
+        self._numbers = itertools.count()
+        self._asked: dict[int, asyncio.Future[TailserveError | None]] = {}
+        self._asked_s: dict[int, float] = {}
+        """When what has no answer was asked, the oldest first."""
+        self._decoder = msgspec.msgpack.Decoder(Reply)
+
+    async def ask(self, request: bytes, ingress: str, tokens_at: str) -> TailserveError | None:
+        number = next(self._numbers)
+        answer: asyncio.Future[TailserveError | None] = asyncio.get_running_loop().create_future()
+        self._asked[number], self._asked_s[number] = answer, time.monotonic()
+        try:
+            self.end.send(Submission(number, request, ingress, tokens_at))
+            return await answer
+        finally:
+            del self._asked[number], self._asked_s[number]
+
+    @property
+    def silent_s(self) -> float:
+        """How long it has owed an answer."""
+        return time.monotonic() - next(iter(self._asked_s.values()), math.inf)
+
+    def _take(self, _: _Messages, data: bytes) -> None:
+        reply = self._decoder.decode(data)
+        answer = self._asked.get(reply.number)
+        if answer is not None and not answer.done():
+            answer.set_result(None if reply.refusal is None else _error(*reply.refusal))
+
+    def _fail(self, _: _Messages) -> None:
+        self._lost()
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError("the instance is gone"))
+
+
+def _error(kind: str, message: str, attributes: dict[str, Any]) -> TailserveError:
+    return errors.rebuild(getattr(errors, kind), message, attributes)

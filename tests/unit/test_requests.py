@@ -1,0 +1,109 @@
+"""Requests past Ray, between two processes of a node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tailserve.deployments import requests
+from tailserve.deployments.requests import RequestInlet, RequestOutlets
+from tailserve.engine.errors import InvalidRequestError, NotReadyError, QueueFullError, TailserveError
+
+
+class Router:
+    """What came, and what is said of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.taken: list[tuple[bytes, str, str]] = []
+        self.refusal: TailserveError | None = None
+        self.inlet = RequestInlet(path, self._accept)
+
+    def _accept(self, request: bytes, ingress: str, tokens_at: str) -> TailserveError | None:
+        if request == b"wrong":
+            raise ValueError("no request")
+        self.taken.append((request, ingress, tokens_at))
+        return self.refusal
+
+
+@pytest.fixture
+async def router(tmp_path: Path) -> AsyncIterator[Router]:
+    router = Router(tmp_path / "requests")
+    await router.inlet.open()
+    yield router
+    router.inlet.close()
+
+
+@pytest.fixture
+async def outlets(router: Router) -> AsyncIterator[RequestOutlets]:
+    outlets = RequestOutlets()
+    await outlets.connect("a", router.inlet.address)
+    yield outlets
+    outlets.close()
+
+
+async def test_requests_of_any_size_arrive_in_order(router: Router, outlets: RequestOutlets) -> None:
+    sent = [bytes([number]) * 10**number for number in range(7)] * 3
+    async with asyncio.timeout(10):
+        answers = await asyncio.gather(*(outlets.submit("a", data, "some", "there") for data in sent))
+    assert answers == [None] * len(sent)
+    assert router.taken == [(data, "some", "there") for data in sent]
+
+
+async def test_refusals_come_as_they_were(router: Router, outlets: RequestOutlets) -> None:
+    refusals: list[TailserveError] = [
+        QueueFullError("full", retry_after_s=2.5, param="slo_class"),
+        InvalidRequestError("in use", param="request_id", code="taken"),
+        NotReadyError("going", retry_after_s=1.0),
+    ]
+    for refusal in refusals:
+        router.refusal = refusal
+        came = await outlets.submit("a", b"data", "some", "")
+        assert type(came) is type(refusal)
+        assert str(came) == str(refusal)
+        assert came.code == refusal.code
+        assert vars(came) == vars(refusal)
+
+
+async def test_who_waits_for_a_router_that_goes_is_told(
+    router: Router, outlets: RequestOutlets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "SILENT_S", 0.02)
+    assert await outlets.submit("a", b"data", "some", "") is None
+    monkeypatch.setattr(requests._Messages, "send", lambda end, message: None)
+    waits = asyncio.create_task(outlets.submit("a", b"data", "some", ""))
+    await asyncio.sleep(0)
+    assert outlets.silent() == set()
+    await asyncio.sleep(0.03)
+    assert outlets.silent() == {"a"}
+    router.inlet.close()
+    async with asyncio.timeout(5):
+        assert isinstance(await waits, NotReadyError)
+    assert not outlets.reach("a")
+
+
+async def test_a_request_that_cannot_be_taken_in_ends_its_connection(
+    router: Router, outlets: RequestOutlets, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with asyncio.timeout(5):
+        assert isinstance(await outlets.submit("a", b"wrong", "some", ""), NotReadyError)
+    assert "could not be handled" in caplog.text
+    assert not outlets.reach("a")
+    await outlets.connect("a", router.inlet.address)
+    assert await outlets.submit("a", b"right", "some", "") is None
+
+
+async def test_only_those_of_this_node_are_reached(router: Router, tmp_path: Path) -> None:
+    outlets = RequestOutlets()
+    (tmp_path / "dead").touch()
+    for name in ("elsewhere", "dead"):
+        await outlets.connect(name, str(tmp_path / name))
+        assert not outlets.reach(name)
+    # Two at once, as two first requests would.
+    await asyncio.gather(*(outlets.connect("a", router.inlet.address) for _ in range(2)))
+    assert outlets.reach("a")
+    assert len(router.inlet._ends) == 1
+    assert await outlets.submit("a", b"data", "some", "") is None
+    outlets.close()
