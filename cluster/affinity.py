@@ -85,7 +85,7 @@ class Loads:
 
 
 LOADS = Loads()
-"""Of this process: its streams note them, its request router reads them."""
+"""Of this process: its streams and its request router note them, its ingress chooses by them."""
 
 
 def _first_token_s(note: _Note, placing: Placing) -> float:

@@ -11,8 +11,8 @@ from tailserve.cluster import affinity
 class InstanceRequestRouter(RequestRouter):
     """Calls with a keyword argument `instance` go to that replica, all others to the one with the fewest open calls.
 
-    When the named replica is gone the call goes to any other, which then says so: a call must not wait for a replica that
-    will not come back.
+    When the named replica is gone the call goes to any other, since a call must not wait for a replica that will not come
+    back. That one takes a request; to all else it says that it is not the one.
     """
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

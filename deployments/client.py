@@ -38,7 +38,7 @@ AVOID_S = 30.0
 
 
 class RouterCalls(Protocol):
-    """The router deployment's methods, as coroutines; see `tailserve.deployments.router.Router`."""
+    """What a client asks of routers, as coroutines; see `tailserve.deployments.router.Router`."""
 
     async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]: ...
     def stream(self, ingress: str, *, instance: str) -> AsyncIterator[bytes]: ...

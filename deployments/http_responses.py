@@ -52,7 +52,8 @@ def response_routes(service: Service) -> list[BaseRoute]:
     async def get(request: Request) -> Response:
         response_id = request.path_params["response_id"]
         tenant = service.gate.identify(request.headers)
-        if request.query_params.get("stream", "").lower() in ("", "false", "0"):
+        # A HEAD must not wait for the end of what it does not send.
+        if request.method == "HEAD" or request.query_params.get("stream", "").lower() in ("", "false", "0"):
             return respond(responder.get(response_id, tenant))
         after = _last_seen(request)
         return event_stream_of(service.background.log(tenant.name, response_id).read(after))

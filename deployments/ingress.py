@@ -32,6 +32,7 @@ from tailserve.deployments.tenants_file import follow_tenants
 from tailserve.deployments.text import TextModel
 from tailserve.deployments.tokens import TokenInlet
 from tailserve.deployments.tracing import open_tracer
+from tailserve.deployments.unanswered import Unanswered
 from tailserve.engine.errors import NotReadyError, TailserveError
 from tailserve.engine.types import FinishReason, ModelInfo, Request
 
@@ -43,26 +44,28 @@ METRICS_S = 2.0
 
 
 class ServeCalls:
-    """`RouterCalls` over a Serve handle; requests to instances of this node go straight there, once one was taken."""
+    """`RouterCalls` over a Serve handle; requests to instances of this node go straight there, once they answered one."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._requests = RequestOutlets()
+        self._unanswered = Unanswered()
         self.tokens_at = ""
         """Where routers of this node send tokens to; others have a stream."""
 
     async def submit(self, request: bytes, ingress: str, *, placing: Placing) -> tuple[str, TailserveError | None]:
-        placing = placing._replace(avoid=placing.avoid | self._requests.silent())
+        placing = placing._replace(avoid=placing.avoid | self._unanswered.silent())
         instance = LOADS.choose(placing, time.monotonic())
-        if instance is not None and self._requests.reach(instance):
-            return instance, await self._requests.submit(instance, request, ingress, self.tokens_at)
-        try:
-            taken: tuple[str, str, TailserveError | None] = await self._handle.submit.remote(
-                request, ingress, instance=instance, tokens_at=self.tokens_at
-            )
-        except Exception as error:
-            # Ray's, gRPC's or Serve's. Whether the instance had taken the request or not, it is asked for no more.
-            raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
+        with self._unanswered.asking(instance):
+            if instance is not None and self._requests.reach(instance):
+                return instance, await self._requests.submit(instance, request, ingress, self.tokens_at)
+            try:
+                taken: tuple[str, str, TailserveError | None] = await self._handle.submit.remote(
+                    request, ingress, instance=instance, tokens_at=self.tokens_at
+                )
+            except Exception as error:
+                # Ray's, gRPC's or Serve's. Whether the instance had taken the request or not, it is asked for no more.
+                raise NotReadyError(f"the instance died before it took the request; try again ({error})") from error
         name, requests_at, refusal = taken
         await self._requests.connect(name, requests_at)
         return name, refusal

@@ -10,8 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 HEADER = 4
 """Bytes of a message's length, the lowest first, before the message."""
-SILENT_S = 1.0
-"""How long a router may owe an answer that takes it a millisecond before others are asked."""
 
 
 class Submission(msgspec.Struct, frozen=True, array_like=True):
@@ -118,7 +114,12 @@ class RequestInlet:
 
     def _take(self, end: _Messages, data: bytes) -> None:
         asked = self._decoder.decode(data)
-        error = self._accept(asked.request, asked.ingress, asked.tokens_at)
+        try:
+            error = self._accept(asked.request, asked.ingress, asked.tokens_at)
+        except Exception as accident:
+            # The others on this connection have nothing to do with it.
+            logger.exception("a request of ingress %s could not be taken in", asked.ingress)
+            error = NotReadyError(f"the request could not be taken in: {type(accident).__name__}")
         refusal = None if error is None else (type(error).__name__, error.message, vars(error))
         # An ingress that is gone meanwhile reads no tokens, either: `Outboxes.orphans` gives its requests up.
         with contextlib.suppress(ConnectionError):
@@ -141,10 +142,6 @@ class RequestOutlets:
         line = self._lines.get(instance)
         return line is not None and line.end.is_open
 
-    def silent(self) -> frozenset[str]:
-        """Those that owe an answer: they may be stopped, or hang."""
-        return frozenset(instance for instance, line in self._lines.items() if line.silent_s > SILENT_S)
-
     async def connect(self, instance: str, address: str) -> None:
         """Reaches an instance from now on, if it listens on this node."""
         if instance in self._lines:
@@ -154,6 +151,9 @@ class RequestOutlets:
             await asyncio.get_running_loop().create_unix_connection(lambda: line.end, address)
         except OSError:
             self._forget(instance)
+        except BaseException:
+            self._forget(instance)
+            raise
 
     async def submit(self, instance: str, request: bytes, ingress: str, tokens_at: str) -> TailserveError | None:
         """Why the instance did not take the request; None if it did."""
@@ -164,7 +164,7 @@ class RequestOutlets:
             return NotReadyError(f"the instance died before it took the request; try again ({error})")
 
     def _forget(self, instance: str) -> None:
-        del self._lines[instance]
+        self._lines.pop(instance, None)
 
     def close(self) -> None:
         for line in self._lines.values():
@@ -179,24 +179,17 @@ class _Line:
         self._lost = lost
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[TailserveError | None]] = {}
-        self._asked_s: dict[int, float] = {}
-        """When what has no answer was asked, the oldest first."""
         self._decoder = msgspec.msgpack.Decoder(Reply)
 
     async def ask(self, request: bytes, ingress: str, tokens_at: str) -> TailserveError | None:
         number = next(self._numbers)
         answer: asyncio.Future[TailserveError | None] = asyncio.get_running_loop().create_future()
-        self._asked[number], self._asked_s[number] = answer, time.monotonic()
+        self._asked[number] = answer
         try:
             self.end.send(Submission(number, request, ingress, tokens_at))
             return await answer
         finally:
-            del self._asked[number], self._asked_s[number]
-
-    @property
-    def silent_s(self) -> float:
-        """How long it has owed an answer."""
-        return time.monotonic() - next(iter(self._asked_s.values()), math.inf)
+            del self._asked[number]
 
     def _take(self, _: _Messages, data: bytes) -> None:
         reply = self._decoder.decode(data)

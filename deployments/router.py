@@ -56,15 +56,16 @@ class Router:
         self._directory = Path(tempfile.mkdtemp(prefix="tailserve-"))
         self._outboxes = Outboxes(self._instance)
         self._sweeper: asyncio.Task[None] | None = None
+        self._requests = RequestInlet(self._directory / "requests", self._accept)
         try:
+            # Nobody hears of it before this replica is ready.
+            await self._requests.open()
             await asyncio.to_thread(self._start)
         except BaseException:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
         keep_collector_out_of_steps()
         name = self._config.served_model_name or model_name(self._config.model)
-        self._requests = RequestInlet(self._directory / "requests", self._accept)
-        await self._requests.open()
         self._metrics = InstanceMetrics(Page(metrics, model_name=name, instance=self._instance))
         self._sweeper = asyncio.create_task(self._sweep())
 

@@ -30,7 +30,7 @@ class TailserveError(Exception):
             self.code = code
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword-only arguments do not survive Exception's own pickling, and these cross Serve handles.
+        # Keyword-only arguments do not survive Exception's own pickling, and these cross Serve handles and sockets.
         return (rebuild, (type(self), self.message, self.__dict__))
 
 

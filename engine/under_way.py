@@ -28,15 +28,15 @@ class StepUnderWay(NamedTuple):
     def of(cls, batch: Batch, *, drafted: bool) -> StepUnderWay:
         only_generates = bool(batch.rows) and all(batch.samples) and all(length == 1 for length in batch.lengths)
         return cls(
-            count_tokens(batch),
-            count_unsampled(batch),
-            count_excess(batch),
-            len(batch.rows),
-            only_generates and not batch.moves,
-            drafted,
-            batch.states,
-            bool(batch.drafts),
-            len(batch.moves),
+            num_tokens=count_tokens(batch),
+            unsampled=count_unsampled(batch),
+            excess=count_excess(batch),
+            num_sequences=len(batch.rows),
+            only_generates=only_generates and not batch.moves,
+            drafted=drafted,
+            states=batch.states,
+            has_drafts=bool(batch.drafts),
+            num_moves=len(batch.moves),
         )
 
     def predict(self, times: StepTimes) -> float | None:

@@ -42,6 +42,7 @@ async def test_it_is_there_while_it_goes_on_and_after(edge: Edge) -> None:
     edge.calls.executor.step_s = 0.01
     first = await edge.client.responses.create(**BODY, background=True)
     assert first.status == "in_progress"
+    assert (await edge.http.head(f"/v1/responses/{first.id}?stream=true")).status_code == 200
     assert (await edge.client.responses.retrieve(first.id)).status == "in_progress"
     await edge.service.background.finish()
     done = await edge.client.responses.retrieve(first.id)

@@ -291,6 +291,7 @@ async def test_tokenize_and_back(edge: Edge) -> None:
 async def test_unknown_routes_and_broken_json(edge: Edge) -> None:
     assert (await edge.http.get("/v2/nothing")).json()["error"]["code"] == "not_found"
     assert (await edge.http.get("/v1/completions")).status_code == 405
+    assert [(await edge.http.head(path)).status_code for path in ("/", "/health", "/v1/completions")] == [200, 200, 405]
     for content in (b"{", b'{"prompt": "\xff"}', b"[" * 100_000, b"[]"):
         broken = await edge.http.post("/v1/completions", content=content)
         assert broken.json()["error"]["code"] == "invalid_json"

@@ -10,6 +10,7 @@ import pytest
 
 from tailserve.deployments import requests
 from tailserve.deployments.requests import RequestInlet, RequestOutlets
+from tailserve.deployments.unanswered import SILENT_S, Unanswered
 from tailserve.engine.errors import InvalidRequestError, NotReadyError, QueueFullError, TailserveError
 
 
@@ -70,29 +71,63 @@ async def test_refusals_come_as_they_were(router: Router, outlets: RequestOutlet
 async def test_who_waits_for_a_router_that_goes_is_told(
     router: Router, outlets: RequestOutlets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "SILENT_S", 0.02)
     assert await outlets.submit("a", b"data", "some", "") is None
     monkeypatch.setattr(requests._Messages, "send", lambda end, message: None)
     waits = asyncio.create_task(outlets.submit("a", b"data", "some", ""))
     await asyncio.sleep(0)
-    assert outlets.silent() == set()
-    await asyncio.sleep(0.03)
-    assert outlets.silent() == {"a"}
     router.inlet.close()
     async with asyncio.timeout(5):
         assert isinstance(await waits, NotReadyError)
     assert not outlets.reach("a")
 
 
-async def test_a_request_that_cannot_be_taken_in_ends_its_connection(
-    router: Router, outlets: RequestOutlets, caplog: pytest.LogCaptureFixture
+async def test_a_request_that_cannot_be_taken_in_is_alone_in_that(
+    outlets: RequestOutlets, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with asyncio.timeout(5):
-        assert isinstance(await outlets.submit("a", b"wrong", "some", ""), NotReadyError)
-    assert "could not be handled" in caplog.text
-    assert not outlets.reach("a")
-    await outlets.connect("a", router.inlet.address)
-    assert await outlets.submit("a", b"right", "some", "") is None
+        answers = await asyncio.gather(*(outlets.submit("a", data, "some", "") for data in (b"right", b"wrong", b"right")))
+    assert [type(answer) for answer in answers] == [type(None), NotReadyError, type(None)]
+    assert "could not be taken in" in caplog.text
+
+
+async def test_what_is_no_message_ends_its_connection(router: Router, outlets: RequestOutlets) -> None:
+    reader, writer = await asyncio.open_unix_connection(router.inlet.address)
+    writer.write(b"\x01\x00\x00\x00\xc1")
+    async with asyncio.timeout(5):
+        assert await reader.read() == b""
+    writer.close()
+    assert await outlets.submit("a", b"data", "some", "") is None
+
+
+async def test_who_stops_waiting_for_a_connection_leaves_nothing(
+    router: Router, outlets: RequestOutlets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_unix_connection", never)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(outlets.connect("b", router.inlet.address), 0)
+    connecting = asyncio.create_task(outlets.connect("b", router.inlet.address))
+    await asyncio.sleep(0)
+    connecting.cancel()
+    await asyncio.wait([connecting])
+    monkeypatch.undo()
+    await outlets.connect("b", router.inlet.address)
+    assert outlets.reach("b")
+
+
+def test_instances_that_owe_an_answer_are_silent() -> None:
+    now = 0.0
+    unanswered = Unanswered(lambda: now)
+    with unanswered.asking("a"), unanswered.asking(None):
+        now = SILENT_S
+        with unanswered.asking("b"):
+            assert unanswered.silent() == set()
+            now += 0.1
+            assert unanswered.silent() == {"a"}
+    now += SILENT_S
+    assert unanswered.silent() == set()
 
 
 async def test_only_those_of_this_node_are_reached(router: Router, tmp_path: Path) -> None:
