@@ -134,7 +134,6 @@ class EngineLoop:
         try:
             while self._take_in():
                 self._deliver(self._engine.step())
-                self._engine.learn()
         except BaseException as error:
             logger.exception("the engine stopped")
             self.failure = error

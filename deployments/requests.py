@@ -1,15 +1,15 @@
 """Requests past Ray, from an ingress to a router on its node: through a socket file that the router binds.
 
 Serve asks a replica whether it takes a call before it passes the answer on: 5 ms of a first token, where this takes less
-than one. What Serve knows still decides: which instances there are, and all calls to those of other nodes.
+than one. Streams of the kernel's, not ZeroMQ's: who waits for an answer must hear at once that the other end is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +28,6 @@ HEADER = 4
 class Submission(msgspec.Struct, frozen=True, array_like=True):
     """A request on its way to a router."""
 
-    number: int
-    """Of its connection's submissions."""
     request: bytes
     """An encoded `Request`."""
     ingress: str
@@ -37,12 +35,8 @@ class Submission(msgspec.Struct, frozen=True, array_like=True):
     """Where the ingress listens."""
 
 
-class Reply(msgspec.Struct, frozen=True, array_like=True):
-    """Whether a submission was accepted."""
-
-    number: int
-    refusal: tuple[str, str, dict[str, Any]] | None
-    """An error's class, message and attributes."""
+Refusal = tuple[str, str, dict[str, Any]]
+"""An error's class, message and attributes. Replies are one each, or None, in the order of the submissions."""
 
 
 class _Messages(asyncio.Protocol):
@@ -82,7 +76,7 @@ class _Messages(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, message: msgspec.Struct) -> None:
+    def send(self, message: Submission | Refusal | None) -> None:
         """ConnectionError when the other end is gone."""
         if self._transport is None or self._transport.is_closing():
             raise ConnectionError("the connection is gone")
@@ -120,10 +114,10 @@ class RequestInlet:
             # The others on this connection have nothing to do with it.
             logger.exception("a request of ingress %s could not be taken in", asked.ingress)
             error = NotReadyError(f"the request could not be taken in: {type(accident).__name__}")
-        refusal = None if error is None else (type(error).__name__, error.message, vars(error))
+        refusal: Refusal | None = None if error is None else (type(error).__name__, error.message, vars(error))
         # An ingress that is gone meanwhile reads no tokens, either: `Outboxes.orphans` gives its requests up.
         with contextlib.suppress(ConnectionError):
-            end.send(Reply(asked.number, refusal))
+            end.send(refusal)
 
     def close(self) -> None:
         self._server.close()
@@ -148,12 +142,11 @@ class RequestOutlets:
             return
         line = self._lines[instance] = _Line(lambda: self._forget(instance))
         try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: line.end, address)
-        except OSError:
-            self._forget(instance)
-        except BaseException:
-            self._forget(instance)
-            raise
+            with contextlib.suppress(OSError):
+                await asyncio.get_running_loop().create_unix_connection(lambda: line.end, address)
+        finally:
+            if not line.end.is_open:
+                self._forget(instance)
 
     async def submit(self, instance: str, request: bytes, ingress: str, tokens_at: str) -> TailserveError | None:
         """Why the instance did not take the request; None if it did."""
@@ -177,29 +170,24 @@ class _Line:
     def __init__(self, lost: Callable[[], object]) -> None:
         self.end = _Messages(self._take, self._fail)
         self._lost = lost
-        self._numbers = itertools.count()
-        self._asked: dict[int, asyncio.Future[TailserveError | None]] = {}
-        self._decoder = msgspec.msgpack.Decoder(Reply)
+        self._asked: deque[asyncio.Future[TailserveError | None]] = deque()
+        """What has no reply yet, the oldest first."""
+        self._decoder: msgspec.msgpack.Decoder[Refusal | None] = msgspec.msgpack.Decoder(Refusal | None)
 
     async def ask(self, request: bytes, ingress: str, tokens_at: str) -> TailserveError | None:
-        number = next(self._numbers)
+        self.end.send(Submission(request, ingress, tokens_at))
         answer: asyncio.Future[TailserveError | None] = asyncio.get_running_loop().create_future()
-        self._asked[number] = answer
-        try:
-            self.end.send(Submission(number, request, ingress, tokens_at))
-            return await answer
-        finally:
-            del self._asked[number]
+        self._asked.append(answer)
+        return await answer
 
     def _take(self, _: _Messages, data: bytes) -> None:
-        reply = self._decoder.decode(data)
-        answer = self._asked.get(reply.number)
-        if answer is not None and not answer.done():
-            answer.set_result(None if reply.refusal is None else _error(*reply.refusal))
+        refusal, answer = self._decoder.decode(data), self._asked.popleft()
+        if not answer.done():
+            answer.set_result(None if refusal is None else _error(*refusal))
 
     def _fail(self, _: _Messages) -> None:
         self._lost()
-        for answer in self._asked.values():
+        for answer in self._asked:
             if not answer.done():
                 answer.set_exception(ConnectionError("the instance is gone"))
 

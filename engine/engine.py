@@ -125,7 +125,7 @@ class Engine:
         The next step is scheduled shortly before the one that runs has ended, so that the verifier need not wait for it and
         who arrives meanwhile is in it. To let them in, a call returns at that moment too, with nothing.
         """
-        self.learn()
+        self._learn()
         if self.executor_lost:
             return self._recover("its process ended between two steps")
         if first := self._take_prefixes():
@@ -152,8 +152,8 @@ class Engine:
             self.drafts.start(result.step, self.scheduler.residency.running, states=done.states)
         return chunks
 
-    def learn(self) -> None:
-        """What the last step's time says of later ones. Can wait until its tokens are on their way, and no longer."""
+    def _learn(self) -> None:
+        """What the last step's time says of later ones. By now its tokens are on their way."""
         if self._ended is not None:
             done, result = self._ended
             self._ended = None

@@ -9,6 +9,7 @@ from fakes import NORMAL, FakeExecutor, engine_config, make_request
 from msgspec.structs import replace
 
 from tailserve.deployments.loop import EngineLoop
+from tailserve.engine.cost import StepTimes
 from tailserve.engine.engine import Engine
 from tailserve.engine.errors import InvalidRequestError, NotReadyError, QueueFullError
 from tailserve.engine.stats import InstanceLoad
@@ -65,6 +66,27 @@ def test_as_many_wait_as_max_queued_says_besides_those_that_find_a_slot(harness:
     harness.executor.go.release(1000)
     assert harness.loop.wait_idle(10)
     assert set(harness.ends) == set("abcd")
+
+
+def test_what_a_step_took_is_learnt_when_its_tokens_are_on_their_way(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    publish = harness.publish
+
+    def note_and_publish(by_ingress: Mapping[str, list[TokenChunk]], load: InstanceLoad) -> None:
+        if by_ingress:
+            events.append("published")
+        publish(by_ingress, load)
+
+    monkeypatch.setattr(harness.loop, "_publish", note_and_publish)
+    monkeypatch.setattr(StepTimes, "observe", lambda *_, **__: events.append("learnt"))
+    harness.submit("a")
+    harness.executor.go.release(1000)
+    assert harness.loop.wait_idle(10)
+    assert len(events) >= 4
+    assert events[:-1:2] == ["published"] * (len(events) // 2)
+    assert events[1::2] == ["learnt"] * (len(events) // 2)
 
 
 def test_whatever_happens_to_the_engine_every_request_ends(harness: Harness) -> None:
