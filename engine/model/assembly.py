@@ -97,6 +97,9 @@ def _tile(isa: InstructionSet, height: int, vectors: int, steps: int, code: Code
     lines += code.begin
     zero = "vpxord" if isa.size == 64 else "vpxor"
     lines += [f"{zero} {name}, {name}, {name}" for row in sums for name in row]
+    # What is asked for ahead comes in small steps, two for each step over all columns: lines of another panel that are asked
+    # for at once take the buffers that this panel's own lines have to come through, and products wait for memory.
+    out(f"imulq $${32 // steps}, {_LINES}, {_LINES}")
     out(f"testq {_ADD}, {_ADD}")
     if some == vectors:
         out("jz 1f")
@@ -106,21 +109,14 @@ def _tile(isa: InstructionSet, height: int, vectors: int, steps: int, code: Code
         for column in range(0, vectors, some):
             each_place(_STORE, column)
     out("1:")
-    # The next strip's part of what is asked for ahead.
-    out(f"movq {_LINES}, {_SCRATCH}")
-    out(f"testq {_SCRATCH}, {_SCRATCH}")
-    out("jz 3f")
-    out("2:")
-    out(f"prefetcht1 ({_AHEAD})")
-    out(f"addq $$64, {_AHEAD}")
-    out(f"decq {_SCRATCH}")
-    out("jnz 2b")
-    out("3:")
     lines += code.strip(height)
     for column in range(0, vectors, some):
         if some < vectors:
             each_place(_LOAD, column)
         for n in range(steps):
+            for _ in range(2 * some // vectors):
+                out(f"prefetcht1 ({_AHEAD})")
+                out(f"addq {_LINES}, {_AHEAD}")
             lines += code.step(n, 64 * (n * vectors + column), sums)
         if some < vectors:
             each_place(_STORE, column)

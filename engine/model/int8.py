@@ -19,7 +19,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from tailserve.engine.model.avx512 import TALLEST, product
-from tailserve.engine.model.kernels import LINES, gated, linear, put
+from tailserve.engine.model.kernels import gated, linear, put
 from tailserve.engine.model.microkernel import LANES
 from tailserve.engine.model.team import later, meet, place_of, take, take_next, tasks_of
 from tailserve.engine.model.tiles import COLUMNS
@@ -41,6 +41,8 @@ from tailserve.engine.model.vectors import (
 
 PAIR = 4
 """Consecutive numbers of a column that lie side by side in a panel."""
+LINES = 16
+"""Cache lines of a panel under 32 columns of activations."""
 ZERO = 128
 """What a weight of 0 is stored as."""
 _HIGHEST = np.float32(127.0)
@@ -178,7 +180,7 @@ def _linear(shape, narrow, panels, layer, out, strip_stride, row_stride, add, te
     task = take(team, tasks)
     while task < tasks:
         panel, first, end = place_of(task, count, tokens, team)
-        here, lines = base + panel * stride, LINES // 2
+        here, lines = base + panel * stride, LINES
         for begin in range(first, end, TALLEST):
             _product(
                 narrow, begin, min(TALLEST, end - begin), x_stride, here, steps, sums.ctypes.data,
@@ -205,7 +207,7 @@ def _gated(shape, narrow, panels, layer, out, team):  # pragma: no cover
     task = take(team, tasks)
     while task < tasks:
         panel, first, end = place_of(task, count, tokens, team)
-        lines = LINES // 2
+        lines = LINES
         for begin in range(first, end, TALLEST):
             rows = min(TALLEST, end - begin)
             for which in range(2):

@@ -24,8 +24,9 @@ from tailserve.engine.model.team import meet, place_of, take, take_next, tasks_o
 from tailserve.engine.model.tiles import COLUMNS, MAX_ROWS, multiply
 from tailserve.engine.model.vectors import exp, fma, get, hold, larger, peak, read, spread, total, write, write_narrow
 
-LINES = 32
-"""Cache lines of a panel under 32 columns of bfloat16 activations, 16 of float32."""
+AHEAD = 4096
+"""Bytes between what is read and what is asked for, where a panel is read once. Where several passes read it, the next panel
+is asked for meanwhile."""
 
 SEARCH = 1024
 """Columns that are looked at one by one where their largest is the largest so far."""
@@ -44,10 +45,11 @@ def _put(like, address, value):  # pragma: no cover
 
 
 @njit(cache=True, nogil=True)
-def _ahead_of(panel, rows):  # pragma: no cover
+def _ahead_of(panel, strips, rows):  # pragma: no cover
     """How a panel of so many bytes is asked for while rows are multiplied: cache lines in each strip, bytes in each pass."""
     passes = (rows + MAX_ROWS - 1) // MAX_ROWS
-    return (LINES + passes - 1) // passes, panel // passes // 64 * 64
+    lines = panel // (64 * strips)
+    return (lines + passes - 1) // passes, panel // passes // 64 * 64
 
 
 @njit(cache=True, nogil=True)
@@ -64,8 +66,8 @@ def linear(x, panels, layer, out, strip_stride, row_stride, add, team):  # pragm
     while task < tasks:
         panel, first, end = place_of(task, count, tokens, team)
         here = base + panel * stride
-        lines, part = _ahead_of(stride, end - first)
-        ahead = here + stride
+        lines, part = _ahead_of(stride, x.shape[0], end - first)
+        ahead = here + (AHEAD if end - first <= MAX_ROWS else stride)
         for begin in range(first, end, MAX_ROWS):
             place = out + panel * strip_stride + begin * row_stride
             multiply(x, begin, min(MAX_ROWS, end - begin), here, steps, place, row_stride, add, ahead, lines)
@@ -88,8 +90,8 @@ def gated(x, panels, layer, out, team):  # pragma: no cover
     while task < tasks:
         panel, first, end = place_of(task, count, tokens, team)
         here = base + 2 * panel * stride
-        lines, part = _ahead_of(stride, end - first)
-        ahead = here + 2 * stride
+        lines, part = _ahead_of(stride, x.shape[0], end - first)
+        ahead = here + (AHEAD if end - first <= MAX_ROWS else 2 * stride)
         for begin in range(first, end, MAX_ROWS):
             rows = min(MAX_ROWS, end - begin)
             multiply(x, begin, rows, here, steps, gates, 4 * COLUMNS, 0, ahead, lines)
