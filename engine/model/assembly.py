@@ -99,7 +99,7 @@ def _tile(isa: InstructionSet, height: int, vectors: int, steps: int, code: Code
     lines += [f"{zero} {name}, {name}, {name}" for row in sums for name in row]
     # What is asked for ahead comes in small steps, two for each step over all columns: lines of another panel that are asked
     # for at once take the buffers that this panel's own lines have to come through, and products wait for memory.
-    out(f"imulq $${32 // steps}, {_LINES}, {_LINES}")
+    out(f"imulq $${64 // (2 * steps)}, {_LINES}, {_LINES}")
     out(f"testq {_ADD}, {_ADD}")
     if some == vectors:
         out("jz 1f")

@@ -72,7 +72,7 @@ def product(kind: Kind, vectors: int, steps: int) -> Any:
     out[rows, 16 * vectors], float32, is set to, or if `add` is not 0 raised by, x[rows, strips * steps] times the panel.
     `rows` is one of the kind's `heights`. The others are addresses, and strides in bytes: `x_stride` from row to row,
     `strip_stride` from a row's strip to its next. Meanwhile memory from `ahead` on may be asked for, so many cache lines for
-    each strip.
+    each strip, two for each of its steps at most.
     """
     if _has_avx512(kind):
         return avx512.product(avx512.MULTIPLY[kind], vectors, steps)

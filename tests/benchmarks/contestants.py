@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +67,12 @@ class Contestant:
             yield self.url
         finally:
             self.send(signal.SIGSTOP)
+
+    def counter(self, name: str) -> float:
+        """What one of its metrics counts, all labels together; 0 if there is none of that name yet."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as page:
+            values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page.read().decode(), re.MULTILINE)
+        return sum(map(float, values))
 
     def cpu_seconds(self) -> dict[str, float]:
         """Seconds of CPU each kind of process has used."""

@@ -13,12 +13,10 @@ import asyncio
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import tempfile
 import time
-import urllib.request
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +32,7 @@ from tailserve.deployments.bench.load import Client, Sample
 SIGNALS = {"undisturbed": None, "hung": signal.SIGSTOP, "killed": signal.SIGKILL}
 FIGURES = {"p50": 50, "p99": 99, "longest": 100}
 BOUND_MS = 1e3 * Timeouts().draft_s
+DRAFTS = "tailserve_spec_decode_num_drafts_total"
 METRICS_S = 2.5
 """Behind which a page of metrics is a new one."""
 _RESTART_TIMEOUT_S = 120.0
@@ -64,21 +63,14 @@ async def stream(client: Client, number: int, max_tokens: int) -> Sample:
     return sample
 
 
-def num_drafts(url: str) -> float:
-    """How often a sequence was drafted for."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
-        found = re.search(r"^tailserve_spec_decode_num_drafts_total(?:{.*})? (\S+)$", page.read().decode(), re.MULTILINE)
-    return float(found[1]) if found else 0.0
-
-
 async def restarted(client: Client, server: contestants.Contestant, old: int) -> None:
     """Returns when another process drafts. A hung one is noticed by the requests that miss it."""
     deadline = time.monotonic() + _RESTART_TIMEOUT_S
     drafts = math.inf
-    while draft_pid(server) in (old, None) or num_drafts(server.url) <= drafts:
+    while draft_pid(server) in (old, None) or server.counter(DRAFTS) <= drafts:
         if time.monotonic() > deadline:
             raise SystemExit("the draft did not come back")
-        drafts = num_drafts(server.url)
+        drafts = server.counter(DRAFTS)
         await stream(client, 0, 64)
         await asyncio.sleep(METRICS_S)
 

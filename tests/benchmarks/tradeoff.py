@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import statistics
 import tempfile
 import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,8 +46,8 @@ async def measure(server: Contestant, rate: float, slo_class: str, seconds: floa
             load = open_loop(client, [critical, NORMAL], rate=rate, duration_s=seconds, seed=seed, drain_s=0)
             arriving = asyncio.create_task(load)
             await asyncio.sleep(FILLING_S)
-            (before, begin), _ = await asyncio.gather(_generated(url), asyncio.sleep(seconds - FILLING_S))
-            after, end = await _generated(url)
+            (before, begin), _ = await asyncio.gather(_generated(server), asyncio.sleep(seconds - FILLING_S))
+            after, end = await _generated(server)
             samples = await arriving
     paces = sorted(1e3 * s.tpot for s in samples if s.workload == CRITICAL.name and s.error is None)
     return {
@@ -59,17 +57,9 @@ async def measure(server: Contestant, rate: float, slo_class: str, seconds: floa
     }
 
 
-async def _generated(url: str) -> tuple[float, float]:
+async def _generated(server: Contestant) -> tuple[float, float]:
     """Tokens that a server has generated so far, and when that was."""
-
-    def read() -> str:
-        with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as page:
-            text: str = page.read().decode()
-            return text
-
-    text = await asyncio.to_thread(read)
-    values = re.findall(r"^tailserve_generation_tokens_total(?:{.*})? (\S+)$", text, re.MULTILINE)
-    return sum(map(float, values)), time.perf_counter()
+    return await asyncio.to_thread(server.counter, "tailserve_generation_tokens_total"), time.perf_counter()
 
 
 def main() -> None:
